@@ -1,0 +1,241 @@
+"""What the executor loop asks of a scheduler and of an engine, and the messages between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from orchestrator.core.kv_transfer import KVTransfer
+from orchestrator.core.request import FinishReason, Request
+
+
+class Clock(Protocol):
+    """Source of the node's time."""
+
+    def now_s(self) -> float:
+        """Return seconds on a clock that never goes back."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCapabilities:
+    """Limits of an engine. Whatever is scheduled stays within all of them."""
+
+    block_size_tokens: int
+    num_device_blocks: int
+    num_host_blocks: int
+    max_num_batched_tokens: int
+    """New tokens in one step, over all requests."""
+
+    max_num_seqs: int
+    """Requests in one step."""
+
+    max_model_len: int
+    """Prompt and output tokens of one request."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """One request's part of a step: compute tokens [num_computed_tokens, +num_new_tokens)."""
+
+    request: Request
+    """Read-only for the engine."""
+
+    num_computed_tokens: int
+    """Tokens already in the KV cache when the step begins."""
+
+    num_new_tokens: int
+    """At least 1."""
+
+    block_ids: Sequence[int]
+    """Device blocks of the request in token order, enough for the tokens of this step. A live
+    view: entries are only ever appended while the request keeps its blocks."""
+
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+        return self.request.request_id
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """The new tokens, in order."""
+        start = self.num_computed_tokens
+        return self.request.all_token_ids[start : start + self.num_new_tokens]
+
+    @property
+    def is_sampled(self) -> bool:
+        """True if the step reaches the request's last known token, so that a new one is drawn."""
+        return self.num_computed_tokens + self.num_new_tokens == self.request.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleReasons:
+    """Why a step looks as it does, for logs, metrics and tests."""
+
+    latency_budget_s: float
+    """`B` of equation (19); infinite where the scheduler has no time budget."""
+
+    load_s: float
+    """`Phi` of equation (20): how long the queue needs at that budget; 0 if not computed."""
+
+    num_urgent: int
+    """Requests on the urgent side of the sliding boundary."""
+
+    num_normal: int
+    """Requests on the other side."""
+
+    num_starved: int = 0
+    """Requests moved to the front because they waited far beyond their deadline."""
+
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """request_id -> why it was passed over although there was room in the step."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    """One step: what the engine computes, and what it may forget."""
+
+    step_id: int
+    scheduled: tuple[ScheduledRequest, ...]
+    """In scheduling order; may be empty."""
+
+    preempted_ids: tuple[str, ...]
+    """Requests that lost their KV blocks to make room for this step."""
+
+    finished_ids: tuple[str, ...]
+    """Requests that ended since the step before; the engine drops what it keeps of them."""
+
+    transfers: tuple[KVTransfer, ...]
+    """Copies to start with this step."""
+
+    predicted_step_s: float
+    reasons: ScheduleReasons
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens that go through the model in this step."""
+        return sum(part.num_new_tokens for part in self.scheduled)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one output position, natural logarithm, of the distribution before
+    temperature and truncation."""
+
+    token_logprob: float
+    """Of the token that was chosen."""
+
+    top: tuple[tuple[int, float], ...]
+    """(token_id, logprob), most likely first; as many as the request asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step produced."""
+
+    step_id: int
+    new_token_ids: Mapping[str, tuple[int, ...]]
+    """request_id -> tokens, for each sampled request of the step that did not fail."""
+
+    step_s: float
+    """Measured duration."""
+
+    logprobs: Mapping[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    """request_id -> one entry per new token, for requests that asked."""
+
+    completed_transfers: tuple[int, ...] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """request_id -> message, for requests that this step ends with an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEvent:
+    """News of one request, in order. The one with a `finish_reason` is its last."""
+
+    request_id: str
+    new_token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    """Set if and only if `finish_reason` is `error`."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLoad:
+    """What a scheduler holds at one moment."""
+
+    num_waiting: int
+    """Requests without KV blocks."""
+
+    num_running: int
+    """Requests with KV blocks."""
+
+    num_decoding: int
+    """Requests that have produced output."""
+
+    num_queued_prompt_tokens: int
+    """Prompt tokens not yet computed, over requests that have not produced output."""
+
+    num_free_device_blocks: int
+    num_device_blocks: int
+
+
+class Scheduler(Protocol):
+    """Decides the content of every step. Pure: time comes in as an argument.
+
+    Calls alternate: `schedule`, then `update_from_output` with that step's result; requests
+    are added and aborted in between.
+    """
+
+    def add_request(self, request: Request) -> None:
+        """Take in a new request.
+
+        Raises:
+            RequestRejected: it can never run here (too long, id already in use).
+        """
+        ...
+
+    def abort_request(self, request_id: str) -> RequestEvent | None:
+        """End a request and free its blocks; None if it is unknown or has already ended."""
+        ...
+
+    def schedule(self, now_s: float) -> SchedulerOutput:
+        """Plan the next step. `scheduled` is empty only if there is nothing to compute."""
+        ...
+
+    def update_from_output(
+        self, plan: SchedulerOutput, output: StepOutput, now_s: float
+    ) -> list[RequestEvent]:
+        """Account for a finished step and return the news, in scheduling order."""
+        ...
+
+    def load(self) -> SchedulerLoad:
+        """Return what is queued and running now."""
+        ...
+
+    @property
+    def has_requests(self) -> bool:
+        """True while any request has not ended."""
+        ...
+
+
+class Engine(Protocol):
+    """Runs steps on a model."""
+
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        """Fixed from load to close."""
+        ...
+
+    def step(self, plan: SchedulerOutput) -> StepOutput:
+        """Compute one step and return when its tokens are known.
+
+        Raises:
+            EngineStepError: the step failed; the engine can go on without the named requests.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release memory and threads. No call follows."""
+        ...

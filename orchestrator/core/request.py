@@ -1,0 +1,159 @@
+"""What a client asked (`RequestSpec`) and how far a node has come with it (`Request`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from orchestrator.core.slo import DeadlineAnchor, Slo, token_deadline_s
+
+
+class RequestStatus(StrEnum):
+    """Where a request is on its node."""
+
+    WAITING = "waiting"
+    """Accepted, no part of it computed."""
+
+    RUNNING = "running"
+    """Holds KV blocks; may or may not be in the current step."""
+
+    PREEMPTED = "preempted"
+    """Lost its KV blocks to another request; will be computed again."""
+
+    FINISHED = "finished"
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. Exactly one is reported for each accepted request."""
+
+    STOP = "stop"
+    """End-of-sequence or a stop token."""
+
+    LENGTH = "length"
+    """`max_tokens` reached."""
+
+    ABORT = "abort"
+    """The client or an operator asked for it."""
+
+    ERROR = "error"
+    """The engine failed; the event says how."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen and when generation ends.
+
+    Values are valid by the time they get here: the router refuses what is out of range.
+    """
+
+    max_tokens: int
+    """Output tokens at most; at least 1."""
+
+    seed: int
+    """Token i is drawn with a number that depends on `seed` and i alone, never on the batch."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all."""
+
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
+    """End generation, reported as `stop`; the end-of-sequence ids are already among them,
+    unless the client asked to ignore those."""
+
+    num_logprobs: int | None = None
+    """Alternatives reported per token (0: the chosen token only); None reports nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSpec:
+    """One sequence to generate, as the router sends it to a node."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    priority_class: str
+    weight: float
+    """Gain of one output token delivered in time; larger is more valuable."""
+
+    slo: Slo
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Progress of one request on one node. Only the scheduler changes it.
+
+    A request is catching up `num_computed_tokens` with its tokens: chunked prefill, resume
+    after preemption and decode are the same thing.
+    """
+
+    spec: RequestSpec
+    arrival_s: float
+    """On the node's clock, with the seconds already spent before the node subtracted."""
+
+    output_token_ids: list[int] = field(default_factory=list)
+    all_token_ids: list[int] = field(init=False)
+    """Prompt and output in one list."""
+
+    num_computed_tokens: int = 0
+    """Tokens whose KV is on the device."""
+
+    status: RequestStatus = RequestStatus.WAITING
+    first_token_s: float | None = None
+    num_preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        self.all_token_ids = [*self.spec.prompt_token_ids, *self.output_token_ids]
+
+    @property
+    def request_id(self) -> str:
+        """The id that the router gave."""
+        return self.spec.request_id
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.spec.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far: prompt and output."""
+        return len(self.all_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens produced so far."""
+        return len(self.output_token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens that still have to go through the model before the next one can be sampled."""
+        return len(self.all_token_ids) - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """True once a token was produced, whatever happened to the KV since (OC-11)."""
+        return bool(self.output_token_ids)
+
+    def append_output_token(self, token_id: int, now_s: float) -> None:
+        """Add one produced token; the first one also sets `first_token_s`."""
+        self.output_token_ids.append(token_id)
+        self.all_token_ids.append(token_id)
+        if self.first_token_s is None:
+            self.first_token_s = now_s
+
+    def next_token_deadline_s(self, anchor: DeadlineAnchor) -> float:
+        """Return when the next output token is due, on the node's clock (equation 16)."""
+        return token_deadline_s(
+            self.spec.slo,
+            self.num_output_tokens,
+            arrival_s=self.arrival_s,
+            first_token_s=self.first_token_s,
+            anchor=anchor,
+        )

@@ -1,0 +1,187 @@
+"""The invariants of every scheduler, under random life: arrivals, steps, aborts, failures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from orchestrator.core.baselines import FcfsScheduler
+from orchestrator.core.batch_scheduler import BatchScheduler
+from orchestrator.core.errors import RequestRejected
+from orchestrator.core.latency import BatchLatencyModel
+from orchestrator.core.ports import EngineCapabilities, StepOutput
+from orchestrator.core.request import FinishReason
+from orchestrator.core.slide_batching import SlideBatchingOptions, SlideBatchingScheduler
+from tests.factories import make_capabilities, make_profile, make_request, run_step
+
+MODEL = BatchLatencyModel(make_profile())
+SchedulerFactory = Callable[[EngineCapabilities], BatchScheduler]
+FACTORIES: dict[str, SchedulerFactory] = {
+    "slide-batching": lambda capabilities: SlideBatchingScheduler(
+        capabilities, MODEL, SlideBatchingOptions(min_chunk_tokens=3)
+    ),
+    "fcfs": lambda capabilities: FcfsScheduler(capabilities, MODEL),
+}
+STOP_TOKEN_ID = 99
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Drives one scheduler; the KV pool is so small that preemption is common."""
+
+    @initialize(
+        name=st.sampled_from(sorted(FACTORIES)),
+        num_blocks=st.integers(4, 20),
+        max_tokens=st.integers(8, 64),
+        max_seqs=st.integers(1, 6),
+    )
+    def start(self, name: str, num_blocks: int, max_tokens: int, max_seqs: int) -> None:
+        self.capabilities = make_capabilities(
+            num_device_blocks=num_blocks,
+            block_size_tokens=4,
+            max_num_batched_tokens=max_tokens,
+            max_num_seqs=max_seqs,
+            max_model_len=64,
+        )
+        self.scheduler = FACTORIES[name](self.capabilities)
+        self.now_s = 0.0
+        self.num_added = 0
+        self.live: dict[str, int] = {}
+        """Accepted requests that have not ended -> tokens delivered."""
+
+    @rule(
+        num_prompt_tokens=st.integers(0, 70),
+        max_tokens=st.integers(1, 12),
+        weight=st.sampled_from([0.0, 1.0, 5.0]),
+        ttft_s=st.sampled_from([0.01, 0.1, 1.0, float("inf")]),
+    )
+    def add(self, num_prompt_tokens: int, max_tokens: int, weight: float, ttft_s: float) -> None:
+        request = make_request(
+            f"r{self.num_added}",
+            num_prompt_tokens=num_prompt_tokens,
+            max_tokens=max_tokens,
+            weight=weight,
+            ttft_s=ttft_s,
+            arrival_s=self.now_s,
+            stop_token_ids=(STOP_TOKEN_ID,),
+        )
+        self.num_added += 1
+        try:
+            self.scheduler.add_request(request)
+        except RequestRejected:
+            return
+        self.live[request.request_id] = 0
+
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from([*self.live, "unknown"]))
+
+        event = self.scheduler.abort_request(request_id)
+
+        assert (event is not None) == (request_id in self.live)
+        self.live.pop(request_id, None)
+
+    @rule(data=st.data(), passed_s=st.floats(0, 2))
+    def step(self, data: st.DataObject, passed_s: float) -> None:
+        self.now_s += passed_s
+        plan = self.scheduler.schedule(self.now_s)
+        caps = self.capabilities
+
+        # Invariant 5: within budget, or exactly one request; caps always.
+        assert plan.predicted_step_s <= plan.reasons.latency_budget_s or len(plan.scheduled) == 1
+        assert plan.num_new_tokens <= caps.max_num_batched_tokens
+        assert len(plan.scheduled) <= caps.max_num_seqs
+        assert bool(plan.scheduled) == bool(self.live)
+        part_ids = [p.request_id for p in plan.scheduled]
+        assert len(set(part_ids)) == len(part_ids)
+        assert set(part_ids) <= self.live.keys()
+        assert set(plan.preempted_ids).isdisjoint(part_ids)
+        used_block_ids = [block_id for p in plan.scheduled for block_id in p.block_ids]
+        assert len(set(used_block_ids)) == len(used_block_ids)
+        for part in plan.scheduled:
+            num_covered = len(part.block_ids) * caps.block_size_tokens
+            assert part.num_computed_tokens + part.num_new_tokens <= num_covered
+            assert part.num_new_tokens >= 1
+
+        failed_id = data.draw(st.sampled_from([None, *part_ids]), label="failed")
+        token_ids = {
+            p.request_id: (data.draw(st.sampled_from([1, STOP_TOKEN_ID]), label="token"),)
+            for p in plan.scheduled
+            if p.is_sampled and p.request_id != failed_id
+        }
+        output = StepOutput(
+            step_id=plan.step_id,
+            new_token_ids=token_ids,
+            step_s=0.01,
+            failed={} if failed_id is None else {failed_id: "injected"},
+        )
+        self.now_s += 0.01
+
+        for event in self.scheduler.update_from_output(plan, output, self.now_s):
+            assert (event.error is not None) == (event.finish_reason is FinishReason.ERROR)
+            self.live[event.request_id] += len(event.new_token_ids)
+            if event.finish_reason is not None:  # invariant 6: no event after the last one
+                del self.live[event.request_id]
+
+    @invariant()
+    def accounting_holds(self) -> None:
+        """Invariants 1 and 2."""
+        if not hasattr(self, "scheduler"):
+            return
+        self.scheduler.check_integrity()
+        assert self.scheduler.has_requests == bool(self.live)
+        load = self.scheduler.load()
+        assert load.num_waiting + load.num_running == len(self.live)
+
+    def teardown(self) -> None:
+        """Whatever happened, every request ends if the engine goes on, and all blocks return."""
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(5000):
+            if not self.scheduler.has_requests:
+                break
+            _, self.now_s = run_step(self.scheduler, self.now_s)
+        load = self.scheduler.load()
+        assert not self.scheduler.has_requests
+        assert load.num_free_device_blocks == load.num_device_blocks
+
+
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None
+)
+TestSchedulerMachine = SchedulerMachine.TestCase
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_request_id_in_use_is_refused(name: str) -> None:
+    scheduler = FACTORIES[name](make_capabilities())
+    scheduler.add_request(make_request("same"))
+
+    with pytest.raises(RequestRejected, match="'same' is already in use"):
+        scheduler.add_request(make_request("same"))
+
+
+def test_first_come_first_served_ignores_weight_and_deadline() -> None:
+    scheduler = FACTORIES["fcfs"](make_capabilities(max_num_seqs=1))
+    scheduler.add_request(make_request("young", weight=9.0, ttft_s=0.01, arrival_s=1.0))
+    scheduler.add_request(make_request("old", arrival_s=0.0))
+
+    plan = scheduler.schedule(now_s=1.0)
+
+    assert [p.request_id for p in plan.scheduled] == ["old"]
+
+
+def test_first_come_first_served_preempts_the_latest() -> None:
+    """Two of three blocks are `old`'s; at its 33rd token it takes the third from `young`."""
+    scheduler = FACTORIES["fcfs"](make_capabilities(num_device_blocks=3))
+    scheduler.add_request(make_request("old", num_prompt_tokens=32, max_tokens=4))
+    scheduler.add_request(make_request("young", num_prompt_tokens=8, arrival_s=0.1))
+    _, now_s = run_step(scheduler, 0.1)
+
+    plan = scheduler.schedule(now_s)
+
+    assert [p.request_id for p in plan.scheduled] == ["old"]
+    assert plan.preempted_ids == ("young",)
