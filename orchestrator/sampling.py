@@ -1,0 +1,368 @@
+"""Logits -> tokens, one implementation for every engine that returns logits.
+
+Order of the steps, as in vLLM (docstring of `Sampler`, vllm/v1/sample/sampler.py):
+
+    1  logprobs are taken from the model's logits, before anything below
+    2  repetition penalty, then frequency and presence penalties
+    3  temperature (0: the most likely token, and the rest is skipped)
+    4  min-p
+    5  top-k
+    6  top-p, of the mass that is left
+    7  draw
+
+A row's token depends on that row alone: not on the other rows of the batch, nor on their
+number. Floating-point sums do not promise that (their order follows the shape of the batch),
+so probabilities become integers before anything is added up: a token's *weight* is its
+probability relative to the row's most likely token, in units of 2**-40. Every truncation is
+then a smallest weight that stays, and the draw is an inverse CDF over exact sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from orchestrator.core.ports import TokenLogprobs
+from orchestrator.core.request import Request, SamplingParams
+
+# 2**40 keeps all 24 bits of a float32 probability down to 1e-5 of the largest, still tells 1e-12
+# from 0, and leaves room for the sum over 2**22 tokens in 63 bits.
+_WEIGHT_BITS = 40
+_MAX_WEIGHT = 1 << _WEIGHT_BITS
+
+# Logit differences over this stay finite or become -inf, both of which are right.
+_MIN_TEMPERATURE = 1e-30
+
+# Work on 8 rows of 49,152 stays in cache and in memory the process already has: 32 rows with
+# top-p take 20 ms of one busy core, in one pass 33 ms with 4,000 page faults (AMD EPYC, 2 cores).
+_CPU_ROWS_PER_PASS = 8
+
+_UINT64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """What was drawn for one row."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+    """None unless the request asked for them."""
+
+
+class InvalidLogits(ValueError):
+    """Rows without a finite largest logit, as after a numeric failure in the model.
+
+    `request_ids` are the requests of these rows; the other rows can be sampled again.
+    """
+
+    def __init__(self, request_ids: Sequence[str]) -> None:
+        super().__init__(f"logits are NaN or infinite for request {', '.join(request_ids)}")
+        self.request_ids = tuple(request_ids)
+
+
+class Sampler:
+    """Draws the next token of each request.
+
+    Keeps nothing but the token counts of requests with penalties, and those can be rebuilt
+    from the request at any time: a request may leave and come back, here or on another node.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._token_counts: dict[str, _TokenCounts] = {}
+
+    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[SampledToken]:
+        """Return the next token of each request, in order.
+
+        `logits` is (num_requests, vocab_size), float32 or lower, on any device; it is not
+        changed. Token i of a request is drawn with a number made from its seed and i alone,
+        where i is the number of tokens it has produced.
+
+        Among equal logits, greedy takes the lowest token id; top-k and top-p keep every token
+        that ties with the last one they keep.
+
+        Raises:
+            InvalidLogits: a row's largest logit is NaN or infinite. Nothing was drawn.
+            ValueError: `logits` has another shape.
+        """
+        if logits.shape != (len(requests), self._vocab_size):
+            raise ValueError(
+                f"logits are {tuple(logits.shape)}, expected {(len(requests), self._vocab_size)}"
+            )
+        if not requests:
+            return []
+        scores = self._penalized(logits, requests)
+        best_ids, best_scores = _most_likely(scores)
+        is_finite = torch.isfinite(best_scores).tolist()
+        if not all(is_finite):
+            raise InvalidLogits(
+                [r.request_id for r, finite in zip(requests, is_finite, strict=True) if not finite]
+            )
+
+        token_ids = best_ids.tolist()
+        drawn = [row for row, r in enumerate(requests) if not _is_greedy(r.spec.sampling)]
+        rows_per_pass = _CPU_ROWS_PER_PASS if logits.is_cpu else max(1, len(drawn))
+        for start in range(0, len(drawn), rows_per_pass):
+            rows = drawn[start : start + rows_per_pass]
+            drawn_ids = _draw(
+                _take_rows(scores, rows),
+                _take_rows(best_scores, rows),
+                [requests[row] for row in rows],
+            )
+            for row, token_id in zip(rows, drawn_ids, strict=True):
+                token_ids[row] = token_id
+        logprobs = _logprobs(logits, requests, token_ids)
+        return [SampledToken(token_id, logprobs.get(row)) for row, token_id in enumerate(token_ids)]
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Drop what is kept of these requests; unknown ids are fine."""
+        for request_id in request_ids:
+            self._token_counts.pop(request_id, None)
+
+    def _penalized(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+        """Return logits with penalties; `logits` itself if no request has any."""
+        rows = [row for row, r in enumerate(requests) if _has_penalty(r.spec.sampling)]
+        if not rows:
+            return logits
+        counts = [self._caught_up_counts(requests[row]) for row in rows]
+        params = [requests[row].spec.sampling for row in rows]
+        num_seen = [len(each.token_ids) for each in counts]
+
+        def to_device(values: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(values).to(logits.device)
+
+        row_ids = to_device(np.repeat(np.array(rows, dtype=np.int64), num_seen))
+        token_ids = to_device(np.concatenate([each.token_ids for each in counts]))
+        factor = to_device(
+            np.repeat(np.array([p.repetition_penalty for p in params], dtype=np.float32), num_seen)
+        )
+        decrease = to_device(
+            np.concatenate(
+                [
+                    p.frequency_penalty * each.output_counts
+                    + p.presence_penalty * (each.output_counts > 0)
+                    for p, each in zip(params, counts, strict=True)
+                ],
+                dtype=np.float32,
+            )
+        )
+        scores = logits.to(torch.float32, copy=True)
+        seen = scores[row_ids, token_ids]
+        seen = torch.where(seen > 0, seen / factor, seen * factor)
+        scores[row_ids, token_ids] = seen - decrease
+        return scores
+
+    def _caught_up_counts(self, request: Request) -> _TokenCounts:
+        counts = self._token_counts.get(request.request_id)
+        # An id may come back with another Request object: resumed here after a failure.
+        if counts is None or counts.request is not request:
+            counts = self._token_counts[request.request_id] = _TokenCounts(request)
+        counts.catch_up()
+        return counts
+
+
+class _TokenCounts:
+    """The distinct tokens of one request, and how often each was produced.
+
+    The prompt is left out when it does not matter, that is without a repetition penalty.
+    """
+
+    def __init__(self, request: Request) -> None:
+        sampling = request.spec.sampling
+        max_distinct = request.num_prompt_tokens + sampling.max_tokens
+        self.request = request
+        self._position = 0 if sampling.repetition_penalty != 1.0 else request.num_prompt_tokens
+        self._slots: dict[int, int] = {}
+        self._token_ids = np.empty(max_distinct, dtype=np.int64)
+        self._output_counts = np.zeros(max_distinct, dtype=np.float32)
+
+    @property
+    def token_ids(self) -> np.ndarray:  # (num_distinct,)
+        return self._token_ids[: len(self._slots)]
+
+    @property
+    def output_counts(self) -> np.ndarray:  # (num_distinct,), 0 for tokens of the prompt alone
+        return self._output_counts[: len(self._slots)]
+
+    def catch_up(self) -> None:
+        """Count the tokens that came since the last call."""
+        request = self.request
+        num_prompt_tokens = request.num_prompt_tokens
+        for position in range(self._position, request.num_tokens):
+            token_id = request.all_token_ids[position]
+            slot = self._slots.setdefault(token_id, len(self._slots))
+            self._token_ids[slot] = token_id
+            self._output_counts[slot] += position >= num_prompt_tokens
+        self._position = request.num_tokens
+
+
+def uniform(seed: int, index: int) -> float:
+    """Return the number in [0, 1) that draws token `index` of a request with this seed.
+
+    SplitMix64 started at the mixed seed, read at position `index`; a multiple of 2**-53.
+
+    Source: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators" (OOPSLA
+    2014); constants of the reference code, prng.di.unimi.it/splitmix64.c.
+    """
+    start = _mix64(seed & _UINT64)
+    bits = _mix64((start + (index + 1) * 0x9E3779B97F4A7C15) & _UINT64)
+    return (bits >> 11) * 2.0**-53
+
+
+def _mix64(value: int) -> int:
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _UINT64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _UINT64
+    return value ^ (value >> 31)
+
+
+def _is_greedy(sampling: SamplingParams) -> bool:
+    return sampling.temperature == 0 or sampling.top_k == 1
+
+
+def _has_penalty(sampling: SamplingParams) -> bool:
+    return (
+        sampling.repetition_penalty != 1.0
+        or sampling.presence_penalty != 0.0
+        or sampling.frequency_penalty != 0.0
+    )
+
+
+def _take_rows(values: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """Return these rows, which are in ascending order; without a copy if they are all."""
+    return values if len(rows) == len(values) else values[rows]
+
+
+def _most_likely(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each row's first largest score as (token ids, scores); NaN counts as largest."""
+    if scores.is_cpu:
+        # torch.argmax on the CPU is scalar: 1.6 ms for 32 x 49,152 where numpy takes 0.14 ms.
+        best_ids = torch.from_numpy(scores.float().numpy().argmax(axis=-1))
+    else:
+        best_ids = scores.argmax(dim=-1)
+    return best_ids, scores.gather(-1, best_ids.unsqueeze(-1)).squeeze(-1)
+
+
+def _draw(
+    scores: torch.Tensor, best_scores: torch.Tensor, requests: Sequence[Request]
+) -> list[int]:
+    """Return one token id per row, drawn by inverse CDF in the order of token ids."""
+    params = [r.spec.sampling for r in requests]
+
+    def column(values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=scores.device).unsqueeze(-1)
+
+    temperature = column([max(p.temperature, _MIN_TEMPERATURE) for p in params], torch.float32)
+    # The best score goes first: dividing it by a small temperature could overflow.
+    relative = scores.to(torch.float32, copy=True).sub_(best_scores.unsqueeze(-1))
+    weights = relative.div_(temperature).exp_().mul_(_MAX_WEIGHT).to(torch.int64)
+
+    if any(p.min_p > 0 for p in params):
+        floor = column([p.min_p * _MAX_WEIGHT for p in params], torch.float64).to(torch.int64)
+        weights.masked_fill_(weights < floor, 0)
+    if any(p.top_k > 0 for p in params):
+        weights.masked_fill_(weights < _top_k_floor(weights, params), 0)
+    if any(p.top_p < 1 for p in params):
+        weights.masked_fill_(weights < _top_p_floor(weights, params), 0)
+
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    fraction = column(
+        [uniform(r.spec.sampling.seed, r.num_output_tokens) for r in requests], torch.float64
+    )
+    # The product may round up to `total`, which lies behind the last token.
+    target = torch.minimum((total * fraction).to(torch.int64), total - 1)
+    token_ids: list[int] = torch.searchsorted(cumulative, target, right=True).squeeze(-1).tolist()
+    return token_ids
+
+
+def _top_k_floor(weights: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Return each row's k-th largest weight, (num_rows, 1); 0 without top-k."""
+    floor = weights.new_zeros(len(params), 1)
+    rows = [row for row, p in enumerate(params) if 0 < p.top_k < weights.shape[-1]]
+    if rows:
+        ks = [params[row].top_k for row in rows]
+        largest = _take_rows(weights, rows).topk(max(ks), dim=-1).values
+        positions = torch.tensor(ks, device=weights.device).unsqueeze(-1) - 1
+        floor[rows] = largest.gather(-1, positions)
+    return floor
+
+
+def _top_p_floor(weights: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Return the smallest weight that stays in each row, (num_rows, 1); 0 without top-p."""
+    floor = weights.new_zeros(len(params), 1)
+    rows = [row for row, p in enumerate(params) if p.top_p < 1]
+    top_p = torch.tensor(
+        [params[row].top_p for row in rows], dtype=torch.float64, device=weights.device
+    )
+    floor[rows] = _nucleus_floor(_take_rows(weights, rows), top_p).unsqueeze(-1)
+    return floor
+
+
+def _nucleus_floor(weights: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Return each row's smallest weight inside its nucleus, (num_rows,).
+
+    The nucleus is the smallest set of tokens that holds `top_p` of the row's mass. Sorts only
+    tokens that may be inside: all tokens under (1 - top_p) * mass / vocab_size together weigh
+    less than what the nucleus leaves out.
+    """
+    mass = weights.sum(dim=-1).to(torch.float64)
+    bound = (mass * (1 - top_p) / weights.shape[-1]).to(torch.int64).clamp_(min=1)
+    rows, columns = torch.nonzero(weights >= bound.unsqueeze(-1), as_tuple=True)
+    # One flat sort over rows of any length: by row, then by weight from the largest.
+    keys = (rows << (_WEIGHT_BITS + 1)) + (_MAX_WEIGHT - weights[rows, columns])
+    keys = torch.from_numpy(np.sort(keys.numpy())) if keys.is_cpu else keys.sort().values
+    candidates = _MAX_WEIGHT - (keys & ((1 << (_WEIGHT_BITS + 1)) - 1))
+
+    num_rows = len(weights)
+    num_candidates = torch.bincount(rows, minlength=num_rows)
+    starts = num_candidates.cumsum(0) - num_candidates
+    cumulative = candidates.cumsum(0)
+    mass_before_row = cumulative[starts] - candidates[starts]
+    needed = (mass * top_p).ceil().to(torch.int64) + mass_before_row
+    num_short = torch.bincount(rows[cumulative < needed[rows]], minlength=num_rows)
+    return candidates[starts + num_short]
+
+
+def _logprobs(
+    logits: torch.Tensor, requests: Sequence[Request], token_ids: Sequence[int]
+) -> dict[int, TokenLogprobs]:
+    """Return row -> log-probabilities, for the rows whose request asked."""
+    num_tops = {
+        row: num_top
+        for row, r in enumerate(requests)
+        if (num_top := r.spec.sampling.num_logprobs) is not None
+    }
+    if not num_tops:
+        return {}
+    rows = list(num_tops)
+    logprobs = _take_rows(logits, rows).float().log_softmax(dim=-1)
+    chosen_ids = torch.tensor([token_ids[row] for row in rows], device=logits.device)
+    chosen = logprobs.gather(-1, chosen_ids.unsqueeze(-1)).squeeze(-1).tolist()
+    top_ids = _most_likely_ids(logprobs, max(num_tops.values()))
+    top_logprobs = logprobs.gather(-1, top_ids).tolist()
+    return {
+        row: TokenLogprobs(
+            token_logprob=chosen[position],
+            top=tuple(zip(ids[:num_top], top_logprobs[position][:num_top], strict=True)),
+        )
+        for position, ((row, num_top), ids) in enumerate(
+            zip(num_tops.items(), top_ids.tolist(), strict=True)
+        )
+    }
+
+
+def _most_likely_ids(logprobs: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the `count` most likely token ids per row, the lowest id first among equals.
+
+    Equals are common with bf16 logits, and topk alone orders them differently from argmax.
+    """
+    vocab_size = logprobs.shape[-1]
+    bits = logprobs.view(torch.int32)
+    # IEEE 754 order as integer order: a negative float's magnitude counts downwards.
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
+    reversed_ids = torch.arange(vocab_size - 1, -1, -1, device=logprobs.device)
+    keys = (ordered << 32) + reversed_ids
+    return vocab_size - 1 - (keys.topk(min(count, vocab_size), dim=-1).values & 0xFFFFFFFF)
