@@ -1,0 +1,81 @@
+"""The YAML of one GPU node."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from orchestrator.core.slide_batching import SlideBatchingOptions
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+EndpointId = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")]
+
+_STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+@pydantic_dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True), frozen=True)
+class SlideBatchingSection(SlideBatchingOptions):
+    """SlideBatching's parameters; see `SlideBatchingOptions`."""
+
+
+class TorchEngineConfig(BaseModel):
+    """The embedded PyTorch engine."""
+
+    model_config = _STRICT
+
+    kind: Literal["torch"] = "torch"
+    """Which engine runs the model."""
+
+    directory: Path
+    """Engine directory made by `proserve build`; relative to the current directory."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the model runs."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of weights, activations and KV cache."""
+
+    num_threads: PositiveInt | None = None
+    """CPU threads of the model; by default as many as PyTorch finds cores."""
+
+    device_kv_bytes: Annotated[ByteSize, Field(gt=0)]
+    """Memory of the paged KV cache, such as `512MiB`."""
+
+
+class NodeConfig(BaseModel):
+    """One node: an engine behind an executor loop and an HTTP service."""
+
+    model_config = _STRICT
+
+    endpoint_id: EndpointId
+    """Name of this node, unique among the nodes of a router."""
+
+    host: str = "127.0.0.1"
+    """Address the HTTP service listens on."""
+
+    port: Port
+    """Port the HTTP service listens on."""
+
+    engine: TorchEngineConfig
+    """The engine and its resources."""
+
+    scheduler: Literal["slide-batching", "fcfs"] = "slide-batching"
+    """What decides the content of each step."""
+
+    slide_batching: SlideBatchingSection = SlideBatchingSection()
+    """Parameters of the slide-batching scheduler."""
+
+    max_num_batched_tokens: PositiveInt = 2048
+    """New tokens in one step, over all requests."""
+
+    max_num_seqs: PositiveInt = 64
+    """Requests in one step."""
+
+    max_model_len: PositiveInt | None = None
+    """Prompt and output tokens of one request; by default what the engine directory allows."""
+
+    stall_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """An engine silent for this long counts as unhealthy until it speaks again."""

@@ -1,0 +1,184 @@
+"""The executor loop in a process of its own, behind a ZeroMQ socket.
+
+The node's HTTP process never shares an interpreter with the engine, so that a busy server does
+not delay a batch. Both ends of the socket are on one machine and share its monotonic clock.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import zmq
+
+from orchestrator.core.errors import NodeUnavailable, ProServeError, RequestRejected
+from orchestrator.core.latency import LatencyProfile
+from orchestrator.core.ports import Engine, RequestEvent, Scheduler, SchedulerLoad
+from orchestrator.core.request import FinishReason
+from orchestrator.executor import ExecutorLoop, MonotonicClock, StepFigures
+from orchestrator.wire import (
+    AbortRequest,
+    AddRequest,
+    Command,
+    Drain,
+    EngineFailed,
+    EngineReady,
+    Events,
+    ExecutorMessage,
+    LoadReport,
+    Shutdown,
+    StepReport,
+)
+
+logger = logging.getLogger(__name__)
+
+IDLE_REPORT_S = 0.25
+"""An idle executor sends its load this often, so that silence always means trouble."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine:
+    """What an executor process serves."""
+
+    engine: Engine
+    scheduler: Scheduler
+    model: str
+    latency_profile: LatencyProfile
+    manifest_sha256: str
+
+
+class ExecutorServer:
+    """Feeds an executor loop from a socket and sends its news back."""
+
+    def __init__(self, socket: zmq.Socket[bytes], loaded: LoadedEngine) -> None:
+        self._socket = socket
+        self._loop = ExecutorLoop(
+            loaded.scheduler,
+            loaded.engine,
+            clock=MonotonicClock(),
+            emit=self._emit,
+            report=self._report,
+        )
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(Command)
+        self._seq_no = 0
+        self._is_stopping = False
+        self._parent_pid = os.getppid()
+        self._send(
+            EngineReady(
+                model=loaded.model,
+                capabilities=loaded.engine.capabilities,
+                latency_profile=loaded.latency_profile,
+                manifest_sha256=loaded.manifest_sha256,
+            )
+        )
+
+    def run(self) -> None:
+        """Serve until told to shut down, or until the parent process is gone.
+
+        Raises:
+            EngineError: the engine failed for good.
+        """
+        while not self._is_stopping and os.getppid() == self._parent_pid:
+            is_idle = not self._loop.has_requests
+            if is_idle and not self._socket.poll(int(IDLE_REPORT_S * 1000)):
+                self._send(self._load_report(self._loop.load()))
+                continue
+            self._drain_commands()
+            if self._loop.has_requests:
+                self._loop.run_step()
+
+    def _drain_commands(self) -> None:
+        while self._socket.poll(0):
+            self._handle(self._decoder.decode(self._socket.recv()))
+
+    def _handle(self, command: Command) -> None:
+        match command:
+            case AddRequest(spec, arrival_s):
+                try:
+                    self._loop.add(spec, arrival_s)
+                except (RequestRejected, NodeUnavailable) as error:
+                    # The HTTP process checks first; this is for what changed in between.
+                    self._emit(
+                        [
+                            RequestEvent(
+                                spec.request_id,
+                                finish_reason=FinishReason.ERROR,
+                                error=str(error),
+                            )
+                        ]
+                    )
+            case AbortRequest(request_id):
+                self._loop.abort(request_id)
+            case Drain():
+                self._loop.is_draining = True
+            case Shutdown():
+                self._is_stopping = True
+            case _:
+                self._send(self._load_report(self._loop.load()))
+
+    def _emit(self, events: Sequence[RequestEvent]) -> None:
+        self._send(Events(tuple(events)))
+
+    def _report(self, figures: StepFigures) -> None:
+        plan, output = figures.plan, figures.output
+        num_decode_tokens = sum(
+            part.num_new_tokens
+            for part in plan.scheduled
+            if part.num_computed_tokens >= part.request.num_prompt_tokens
+        )
+        self._send(
+            StepReport(
+                step_id=plan.step_id,
+                step_s=output.step_s,
+                predicted_step_s=plan.predicted_step_s,
+                schedule_s=figures.schedule_s,
+                num_scheduled=len(plan.scheduled),
+                num_prefill_tokens=plan.num_new_tokens - num_decode_tokens,
+                num_decode_tokens=num_decode_tokens,
+                num_preempted=len(plan.preempted_ids),
+                num_skipped=len(plan.reasons.skipped),
+                num_urgent=plan.reasons.num_urgent,
+                num_normal=plan.reasons.num_normal,
+                load=self._load_report(figures.load),
+            )
+        )
+
+    def _load_report(self, load: SchedulerLoad) -> LoadReport:
+        self._seq_no += 1
+        return LoadReport(seq_no=self._seq_no, load=load, is_draining=self._loop.is_draining)
+
+    def _send(self, message: ExecutorMessage) -> None:
+        self._socket.send(self._encoder.encode(message))
+
+
+def run_executor(address: str, load: Callable[[], LoadedEngine]) -> int:
+    """Connect to the node's HTTP process, load the engine and serve it; return an exit status.
+
+    Why an engine cannot be loaded, or cannot go on, is reported to the HTTP process before
+    this process ends.
+    """
+    # Ctrl-C reaches the whole process group; the HTTP process decides when this one ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    context = zmq.Context()
+    socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.connect(address)
+    try:
+        loaded = load()
+        try:
+            ExecutorServer(socket, loaded).run()
+        finally:
+            loaded.engine.close()
+    except (ProServeError, ValueError) as error:
+        logger.error("executor stopped: %s", error)
+        socket.send(msgspec.msgpack.encode(EngineFailed(str(error))))
+        return 1
+    finally:
+        context.destroy(linger=1000)
+    return 0

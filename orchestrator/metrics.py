@@ -1,0 +1,112 @@
+"""A node's Prometheus metrics, all declared here."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from orchestrator.core.request import FinishReason
+from orchestrator.wire import LoadReport, StepReport
+
+_STEP_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_SCHEDULE_BUCKETS_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05)
+_ERROR_BUCKETS = (-0.5, -0.2, -0.1, -0.05, -0.02, 0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+class NodeMetrics:
+    """Counts what the executor process reports."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        requests = Counter(
+            "proserve_node_requests_total",
+            "Requests that ended, by finish reason.",
+            ["finish_reason"],
+            registry=registry,
+        )
+        self._requests = {reason: requests.labels(reason.value) for reason in FinishReason}
+        running = Gauge(
+            "proserve_node_open_requests",
+            "Requests on the node, by state: running ones hold KV blocks.",
+            ["state"],
+            registry=registry,
+        )
+        self._running, self._waiting = running.labels("running"), running.labels("waiting")
+        blocks = Gauge(
+            "proserve_node_kv_blocks",
+            "KV cache blocks, by place and state.",
+            ["place", "state"],
+            registry=registry,
+        )
+        self._free_blocks = blocks.labels("device", "free")
+        self._owned_blocks = blocks.labels("device", "owned")
+        tokens = Counter(
+            "proserve_node_tokens_total",
+            "Tokens computed, by kind of work.",
+            ["work"],
+            registry=registry,
+        )
+        self._prefill_tokens = tokens.labels("prefill")
+        self._decode_tokens = tokens.labels("decode")
+        self._preemptions = Counter(
+            "proserve_node_preemptions_total",
+            "Requests that lost their KV blocks to another.",
+            registry=registry,
+        )
+        self._skips = Counter(
+            "proserve_node_skips_total",
+            "Requests passed over in a step because they did not fit.",
+            registry=registry,
+        )
+        self._step_s = Histogram(
+            "proserve_node_step_seconds",
+            "Measured duration of a step.",
+            registry=registry,
+            buckets=_STEP_BUCKETS_S,
+        )
+        self._step_error = Histogram(
+            "proserve_node_step_prediction_error_ratio",
+            "Signed relative error of the predicted step duration: (predicted - measured) / "
+            "measured.",
+            registry=registry,
+            buckets=_ERROR_BUCKETS,
+        )
+        self._schedule_s = Histogram(
+            "proserve_node_schedule_seconds",
+            "Time a step spends on planning and accounting.",
+            registry=registry,
+            buckets=_SCHEDULE_BUCKETS_S,
+        )
+        side = Gauge(
+            "proserve_node_boundary_requests",
+            "Requests on either side of the sliding boundary in the last step.",
+            ["side"],
+            registry=registry,
+        )
+        self._urgent, self._normal = side.labels("urgent"), side.labels("normal")
+
+    def request_ended(self, reason: FinishReason) -> None:
+        """Count a request's end."""
+        self._requests[reason].inc()
+
+    def step_done(self, report: StepReport) -> None:
+        """Count a step."""
+        self._prefill_tokens.inc(report.num_prefill_tokens)
+        self._decode_tokens.inc(report.num_decode_tokens)
+        self._preemptions.inc(report.num_preempted)
+        self._skips.inc(report.num_skipped)
+        self._schedule_s.observe(report.schedule_s)
+        self._urgent.set(report.num_urgent)
+        self._normal.set(report.num_normal)
+        if report.step_s > 0:  # 0: the step failed and was not measured
+            self._step_s.observe(report.step_s)
+            self._step_error.observe((report.predicted_step_s - report.step_s) / report.step_s)
+
+    def render(self, load: LoadReport | None) -> bytes:
+        """Return the Prometheus text, with the gauges of `load`."""
+        if load is not None:
+            now = load.load
+            self._running.set(now.num_running)
+            self._waiting.set(now.num_waiting)
+            self._free_blocks.set(now.num_free_device_blocks)
+            self._owned_blocks.set(now.num_device_blocks - now.num_free_device_blocks)
+        return generate_latest(self.registry)

@@ -1,0 +1,222 @@
+"""A node's HTTP service: token ids in, token events out. The messages are those of `wire`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from http import HTTPStatus
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from starlette.types import Receive, Scope, Send
+
+from orchestrator.core.admission import check_request
+from orchestrator.core.errors import NodeUnavailable, RequestRejected
+from orchestrator.core.ports import RequestEvent
+from orchestrator.core.request import FinishReason, RequestSpec
+from orchestrator.executor_client import ExecutorClient
+from orchestrator.metrics import NodeMetrics
+from orchestrator.wire import (
+    EngineReady,
+    ErrorBody,
+    GenerateRequest,
+    NodeDescription,
+    NodeSnapshot,
+    TokenEvent,
+)
+
+_generate_decoder = msgspec.json.Decoder(GenerateRequest)
+_json_encoder = msgspec.json.Encoder()
+
+
+class NodeService:
+    """What the routes share."""
+
+    def __init__(
+        self, endpoint_id: str, executor_command: Sequence[str], *, stall_timeout_s: float
+    ) -> None:
+        self.endpoint_id = endpoint_id
+        self.metrics = NodeMetrics()
+        self.executor = ExecutorClient(
+            executor_command, on_step=self.metrics.step_done, stall_timeout_s=stall_timeout_s
+        )
+
+    def ready(self) -> EngineReady:
+        """Return what the engine said when it was loaded.
+
+        Raises:
+            NodeUnavailable: the engine is not serving; the message says why.
+        """
+        trouble, ready = self.executor.trouble, self.executor.ready
+        if trouble is not None or ready is None:
+            raise NodeUnavailable(trouble or "the engine is loading")
+        return ready
+
+    def start(self, body: GenerateRequest) -> AsyncGenerator[RequestEvent]:
+        """Check one request and return its events, which run once they are iterated.
+
+        Raises:
+            NodeUnavailable: the engine is not serving.
+            RequestRejected: the request can never run here.
+        """
+        ready = self.ready()
+        try:
+            spec = body.to_spec()
+        except ValueError as error:
+            raise RequestRejected(str(error), field="slo") from error
+        check_request(spec, ready.capabilities)
+        return self._events(spec, time.monotonic() - body.elapsed_s)
+
+    async def _events(self, spec: RequestSpec, arrival_s: float) -> AsyncGenerator[RequestEvent]:
+        reason = FinishReason.ABORT  # if the client leaves before the end
+        try:
+            async with contextlib.aclosing(self.executor.generate(spec, arrival_s)) as events:
+                async for event in events:
+                    reason = event.finish_reason or reason
+                    yield event
+        finally:
+            self.metrics.request_ended(reason)
+
+
+class TokenEventsResponse(Response):
+    """Streams token events as lines of JSON, each as soon as it is there.
+
+    Headers and first line leave together. A client that closes its connection, even before
+    the first token, ends the events and thereby aborts the request.
+    """
+
+    def __init__(self, events: AsyncGenerator[RequestEvent]) -> None:
+        super().__init__(media_type="application/x-ndjson")
+        self._events = events
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Write until the events end or the client leaves."""
+        writing = asyncio.create_task(self._write(send))
+        leaving = asyncio.create_task(_wait_for_disconnect(receive))
+        try:
+            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if writing.done():
+                writing.result()
+        finally:
+            for task in (writing, leaving):
+                task.cancel()
+            await asyncio.gather(writing, leaving, return_exceptions=True)
+
+    async def _write(self, send: Send) -> None:
+        async with contextlib.aclosing(self._events) as events:
+            first = await anext(events)
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": HTTPStatus.OK,
+                    "headers": self.raw_headers,
+                }
+            )
+            await send(_body(first))
+            async for event in events:
+                await send(_body(event))
+        await send({"type": "http.response.body", "body": b""})
+
+
+def create_node_app(service: NodeService) -> FastAPI:
+    """Return the node's ASGI application; its lifespan is the executor process's life."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with service.executor:
+            yield
+
+    app = FastAPI(title="ProServe node", lifespan=lifespan, docs_url=None, redoc_url=None)
+
+    @app.exception_handler(RequestRejected)
+    async def rejected(_: Request, error: RequestRejected) -> Response:
+        return _error(HTTPStatus.BAD_REQUEST, str(error), error.field)
+
+    @app.exception_handler(NodeUnavailable)
+    async def unavailable(_: Request, error: NodeUnavailable) -> Response:
+        return _error(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
+
+    @app.post("/v1/generate")
+    async def generate(request: Request) -> Response:
+        try:
+            body = _generate_decoder.decode(await request.body())
+        except msgspec.DecodeError as error:
+            return _error(HTTPStatus.BAD_REQUEST, f"unreadable request: {error}")
+        return TokenEventsResponse(service.start(body))
+
+    @app.get("/v1/node")
+    async def describe() -> Response:
+        ready = service.ready()
+        return _json(
+            NodeDescription(
+                endpoint_id=service.endpoint_id,
+                model=ready.model,
+                capabilities=ready.capabilities,
+                latency_profile=ready.latency_profile,
+                manifest_sha256=ready.manifest_sha256,
+            )
+        )
+
+    @app.get("/v1/snapshot")
+    async def snapshot() -> Response:
+        service.ready()
+        report = service.executor.last_load
+        if report is None:
+            raise NodeUnavailable("the engine has not reported its load yet")
+        return _json(
+            NodeSnapshot(
+                endpoint_id=service.endpoint_id,
+                seq_no=report.seq_no,
+                load=report.load,
+                is_draining=service.executor.is_draining,
+            )
+        )
+
+    @app.post("/v1/drain")
+    async def drain() -> Response:
+        await service.executor.drain()
+        return _json({"open_requests": service.executor.num_streams})
+
+    @app.get("/health")
+    async def health() -> Response:
+        trouble = service.executor.trouble
+        if trouble is not None:
+            return _error(HTTPStatus.SERVICE_UNAVAILABLE, trouble)
+        return _json({"status": "draining" if service.executor.is_draining else "ready"})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        text = await asyncio.to_thread(service.metrics.render, service.executor.last_load)
+        return Response(text, media_type="text/plain; version=0.0.4")
+
+    return app
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _body(event: RequestEvent) -> dict[str, object]:
+    line = TokenEvent(
+        new_token_ids=event.new_token_ids,
+        logprobs=event.logprobs,
+        finish_reason=event.finish_reason,
+        error=event.error,
+    )
+    return {
+        "type": "http.response.body",
+        "body": _json_encoder.encode(line) + b"\n",
+        "more_body": True,
+    }
+
+
+def _json(value: object, status: HTTPStatus = HTTPStatus.OK) -> Response:
+    return Response(_json_encoder.encode(value), status, media_type="application/json")
+
+
+def _error(status: HTTPStatus, message: str, field: str | None = None) -> Response:
+    return _json(ErrorBody(message, field), status)

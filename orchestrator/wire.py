@@ -1,0 +1,186 @@
+"""Messages between router and node (JSON over HTTP) and between a node's two processes (msgpack).
+
+HTTP service of a node:
+
+    POST /v1/generate        body GenerateRequest; answers lines of TokenEvent as
+                             application/x-ndjson, the last one with a `finish_reason`.
+                             Closing the connection aborts the request.
+    GET  /v1/node            NodeDescription: what is served, its limits and latency profile
+    GET  /v1/snapshot        NodeSnapshot: load now
+    POST /v1/drain           finish what runs, refuse what comes
+    GET  /health             200 {"status": "ready"}, or 503 with a reason
+    GET  /metrics            Prometheus text
+
+Errors are answered as ErrorBody with a 4xx or 5xx status. Clocks are never compared across
+machines: a request carries the seconds already spent on it, not a point in time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from orchestrator.core.latency import LatencyProfile
+from orchestrator.core.ports import EngineCapabilities, RequestEvent, SchedulerLoad, TokenLogprobs
+from orchestrator.core.request import FinishReason, RequestSpec, SamplingParams
+from orchestrator.core.slo import Slo
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Body of POST /v1/generate: one sequence to generate."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    priority_class: str
+    weight: float
+    elapsed_s: float = 0.0
+    """Seconds since the client's request arrived at the router."""
+
+    ttft_s: float | None = None
+    """None: no objective."""
+
+    tpot_s: float | None = None
+
+    def to_spec(self) -> RequestSpec:
+        """Return the core's form of this request."""
+        return RequestSpec(
+            request_id=self.request_id,
+            prompt_token_ids=self.prompt_token_ids,
+            sampling=self.sampling,
+            priority_class=self.priority_class,
+            weight=self.weight,
+            slo=Slo(
+                ttft_s=math.inf if self.ttft_s is None else self.ttft_s,
+                tpot_s=math.inf if self.tpot_s is None else self.tpot_s,
+            ),
+        )
+
+
+class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One line of the answer to /v1/generate."""
+
+    new_token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One per new token if the request asked, else empty."""
+
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+class ErrorBody(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Body of every error answer of a node."""
+
+    message: str
+    field: str | None = None
+    """The request field at fault, if it was one."""
+
+
+class NodeDescription(msgspec.Struct, frozen=True):
+    """Body of GET /v1/node; does not change while the node lives."""
+
+    endpoint_id: str
+    model: str
+    """Name under which the model is served."""
+
+    capabilities: EngineCapabilities
+    latency_profile: LatencyProfile
+    """Measured when the engine was built."""
+
+    manifest_sha256: str
+    """Of the engine directory's manifest; equal means the same model and weights."""
+
+
+class NodeSnapshot(msgspec.Struct, frozen=True):
+    """Body of GET /v1/snapshot."""
+
+    endpoint_id: str
+    seq_no: int
+    """Grows with every executor step; a smaller one is older."""
+
+    load: SchedulerLoad
+    is_draining: bool
+
+
+class AddRequest(msgspec.Struct, frozen=True, tag=True):
+    """Start a request."""
+
+    spec: RequestSpec
+    arrival_s: float
+    """When the client's request arrived, on this machine's monotonic clock, which both
+    processes share; seconds spent before the node are already subtracted."""
+
+
+class AbortRequest(msgspec.Struct, frozen=True, tag=True):
+    """End a request; ignored if it has already ended."""
+
+    request_id: str
+
+
+class Drain(msgspec.Struct, frozen=True, tag=True):
+    """Refuse new requests from now on."""
+
+
+class TakeSnapshot(msgspec.Struct, frozen=True, tag=True):
+    """Send a LoadReport now."""
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Abort everything and exit."""
+
+
+Command = AddRequest | AbortRequest | Drain | TakeSnapshot | Shutdown
+
+
+class EngineReady(msgspec.Struct, frozen=True, tag=True):
+    """First message of an executor process: the engine is loaded."""
+
+    model: str
+    capabilities: EngineCapabilities
+    latency_profile: LatencyProfile
+    manifest_sha256: str
+
+
+class EngineFailed(msgspec.Struct, frozen=True, tag=True):
+    """Last message of an executor process that could not load, or go on with, its engine."""
+
+    message: str
+
+
+class Events(msgspec.Struct, frozen=True, tag=True):
+    """News of requests, in order."""
+
+    events: tuple[RequestEvent, ...]
+
+
+class LoadReport(msgspec.Struct, frozen=True, tag=True):
+    """What the executor holds."""
+
+    seq_no: int
+    """Grows with each report."""
+
+    load: SchedulerLoad
+    is_draining: bool
+
+
+class StepReport(msgspec.Struct, frozen=True, tag=True):
+    """Figures of one step, for metrics."""
+
+    step_id: int
+    step_s: float
+    predicted_step_s: float
+    schedule_s: float
+    """Time spent planning and accounting."""
+
+    num_scheduled: int
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    num_preempted: int
+    num_skipped: int
+    num_urgent: int
+    num_normal: int
+    load: LoadReport
+
+
+ExecutorMessage = EngineReady | EngineFailed | Events | LoadReport | StepReport

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.config import NodeConfig
+from orchestrator.core.errors import ConfigError
+from orchestrator.core.slo import DeadlineAnchor
+from orchestrator.yaml_config import load_yaml_model
+
+NODE = """\
+endpoint_id: node-0
+port: 8101
+engine: {directory: built_engines/some, device_kv_bytes: 64MiB}
+"""
+
+
+def load(directory: Path, text: str) -> NodeConfig:
+    path = directory / "node.yaml"
+    path.write_text(text)
+    return load_yaml_model(path, NodeConfig)
+
+
+def test_a_short_file_gets_the_recommended_scheduler(tmp_path: Path) -> None:
+    config = load(tmp_path, NODE)
+
+    assert config.scheduler == "slide-batching"
+    assert config.slide_batching.anchor is DeadlineAnchor.MIN
+    assert config.engine.device_kv_bytes == 64 * 1024**2
+
+
+def test_scheduler_parameters_are_read(tmp_path: Path) -> None:
+    config = load(tmp_path, NODE + "slide_batching: {alpha: 0.8, anchor: fixed}\n")
+
+    assert config.slide_batching.alpha == 0.8
+    assert config.slide_batching.anchor is DeadlineAnchor.FIXED
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (NODE.replace("port:", "prot:"), "did you mean 'port'"),
+        (NODE + "slide_batching: {alfa: 1}\n", "did you mean 'alpha'"),
+        (NODE + "slide_batching: {alpha: -1}\n", "alpha is -1"),
+        (NODE + "scheduler: fastest\n", "slide-batching"),
+        (NODE.replace("64MiB", "0"), "device_kv_bytes"),
+        (NODE.replace("node-0", "Node 0"), "endpoint_id"),
+        (NODE.replace("8101", "99999"), "65535"),
+    ],
+)
+def test_a_mistake_is_named_with_the_way_out(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=r"node\.yaml") as caught:
+        load(tmp_path, text)
+
+    assert words in str(caught.value)

@@ -1,0 +1,291 @@
+"""The node's HTTP service over a real executor process with the scripted engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+
+import httpx
+import msgspec
+import pytest
+import uvicorn
+
+from orchestrator.core.request import FinishReason, SamplingParams
+from orchestrator.node_api import NodeService, create_node_app
+from orchestrator.wire import (
+    ErrorBody,
+    GenerateRequest,
+    NodeDescription,
+    NodeSnapshot,
+    TokenEvent,
+)
+from tests.scripted_engine import EXIT, RAISE
+
+WAIT_S = 20.0
+"""Upper bound of every wait; reached only if something hangs."""
+
+
+@dataclass
+class Node:
+    service: NodeService
+    client: httpx.AsyncClient
+
+    async def snapshot(self) -> NodeSnapshot:
+        answer = await self.client.get("/v1/snapshot")
+        assert answer.status_code == 200, answer.text
+        return msgspec.json.decode(answer.content, type=NodeSnapshot)
+
+    async def generate(self, body: GenerateRequest) -> list[TokenEvent]:
+        answer = await self.client.post("/v1/generate", content=msgspec.json.encode(body))
+        assert answer.status_code == 200, answer.text
+        return [msgspec.json.decode(line, type=TokenEvent) for line in answer.text.splitlines()]
+
+    async def metric(self, name: str) -> float:
+        text = (await self.client.get("/metrics")).text
+        (line,) = [line for line in text.splitlines() if line.startswith(f"{name} ")]
+        return float(line.split()[-1])
+
+
+@contextlib.asynccontextmanager
+async def running(*command: str) -> AsyncIterator[Node]:
+    """A node on a free port, over a real socket."""
+    service = NodeService(
+        "node-t", command or (sys.executable, "-m", "tests.scripted_engine"), stall_timeout_s=5.0
+    )
+    server = uvicorn.Server(
+        uvicorn.Config(create_node_app(service), port=0, log_config=None, lifespan="on")
+    )
+    serving = asyncio.create_task(server.serve())
+    try:
+        await until(lambda: _has_started(server), "the server has started")
+        port = server.servers[0].sockets[0].getsockname()[1]
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=WAIT_S) as client:
+            await asyncio.wait_for(service.executor.wait_until_loaded(), WAIT_S)
+            yield Node(service, client)
+    finally:
+        server.should_exit = True
+        await serving
+
+
+@pytest.fixture
+async def node() -> AsyncIterator[Node]:
+    async with running() as value:
+        yield value
+
+
+async def _has_started(server: uvicorn.Server) -> bool:
+    return server.started
+
+
+async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while not await condition():
+        assert time.monotonic() < deadline_s, f"waited in vain until {what}"
+        await asyncio.sleep(0.01)
+
+
+def body(
+    request_id: str = "r", *prompt: int, max_tokens: int = 3, **other: float
+) -> GenerateRequest:
+    return GenerateRequest(
+        request_id=request_id,
+        prompt_token_ids=prompt or (5, 1),
+        sampling=SamplingParams(max_tokens=max_tokens, seed=0),
+        priority_class="normal",
+        weight=1.0,
+        **other,
+    )
+
+
+async def test_tokens_stream_as_lines_and_end_with_a_reason(node: Node) -> None:
+    events = await node.generate(body())
+
+    assert [e.new_token_ids for e in events] == [(5,), (6,), (7,)]
+    assert events[-1].finish_reason is FinishReason.LENGTH
+
+
+async def test_the_node_describes_what_it_serves(node: Node) -> None:
+    answer = await node.client.get("/v1/node")
+
+    description = msgspec.json.decode(answer.content, type=NodeDescription)
+    assert description.endpoint_id == "node-t"
+    assert description.model == "scripted"
+    assert description.capabilities.num_device_blocks == 100
+    assert description.latency_profile.prefill_token_s == 0.001
+
+
+async def test_snapshots_count_upwards(node: Node) -> None:
+    await until(lambda: _has_load(node), "the first load report is there")
+    before = await node.snapshot()
+    await node.generate(body())
+
+    async def is_idle() -> bool:
+        return (await node.snapshot()).load.num_free_device_blocks == 100
+
+    await until(is_idle, "the report of the last step is there")
+    assert (await node.snapshot()).seq_no > before.seq_no
+
+
+async def _has_load(node: Node) -> bool:
+    return node.service.executor.last_load is not None
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "unreadable request"),
+        (b"{}", "missing required field `request_id`"),
+        (msgspec.json.encode(body("r", *range(1, 9000))), "the engine takes 8,192"),
+        (msgspec.json.encode(body(max_tokens=0)), "max_tokens is 0"),
+        (msgspec.json.encode(body(max_tokens=1700)), "KV blocks, the node has 100"),
+        (msgspec.json.encode(body(ttft_s=-1.0)), "ttft_s is -1.0"),
+        (msgspec.json.encode(body()).replace(b'"seed":0', b'"sead":0'), "seed"),
+    ],
+)
+async def test_a_bad_request_is_answered_with_400_and_the_reason(
+    node: Node, content: bytes, words: str
+) -> None:
+    answer = await node.client.post("/v1/generate", content=content)
+
+    assert answer.status_code == 400
+    assert words in msgspec.json.decode(answer.content, type=ErrorBody).message
+
+
+async def test_a_client_that_leaves_frees_its_blocks(node: Node) -> None:
+    request = msgspec.json.encode(body(max_tokens=1500))
+    async with node.client.stream("POST", "/v1/generate", content=request) as answer:
+        await anext(answer.aiter_lines())
+        assert (await node.snapshot()).load.num_running == 1
+
+    async def blocks_are_free() -> bool:
+        return (await node.snapshot()).load.num_free_device_blocks == 100
+
+    await until(blocks_are_free, "the blocks are free")
+    assert await node.metric('proserve_node_kv_blocks{place="device",state="owned"}') == 0
+    assert await node.metric('proserve_node_requests_total{finish_reason="abort"}') == 1
+
+
+async def test_a_client_that_leaves_before_the_first_token_frees_its_place(node: Node) -> None:
+    """Many steps of prefill come first: 1,500 prompt tokens in steps of 0.5 s by the profile."""
+    blocker = asyncio.create_task(node.generate(body("blocker", max_tokens=200)))
+    waiting = asyncio.create_task(node.generate(body("leaver", *range(5, 905), max_tokens=600)))
+
+    async def both_are_known() -> bool:
+        return node.service.executor.num_streams == 2
+
+    await until(both_are_known, "both requests are open")
+    waiting.cancel()
+    await asyncio.wait({waiting})
+
+    async def one_is_left() -> bool:
+        return node.service.executor.num_streams == 1
+
+    await until(one_is_left, "the leaver is gone")
+    assert len(await blocker) == 200
+
+
+async def test_a_failing_step_ends_its_requests_and_not_the_node(node: Node) -> None:
+    (failed,) = await node.generate(body("bad", 5, RAISE))
+
+    assert failed.finish_reason is FinishReason.ERROR
+    assert failed.error == "the engine failed: as the prompt asked"
+    assert len(await node.generate(body("good"))) == 3
+    assert (await node.client.get("/health")).status_code == 200
+
+
+async def test_a_dead_engine_ends_every_stream_and_turns_the_node_unhealthy(node: Node) -> None:
+    others = [asyncio.create_task(node.generate(body(f"r{i}", max_tokens=1500))) for i in range(3)]
+    await until(lambda: _runs(node, 3), "three requests run")
+
+    last_words = (await node.generate(body("killer", 5, EXIT)))[-1]
+
+    for stream in [await other for other in others]:
+        assert stream[-1].finish_reason is FinishReason.ERROR
+        assert stream[-1].error == last_words.error
+        assert sum(e.finish_reason is not None for e in stream) == 1
+    assert last_words.error == "the engine process ended with status -9"
+    health = await node.client.get("/health")
+    assert health.status_code == 503
+    assert "status -9" in health.text
+    assert (
+        await node.client.post("/v1/generate", content=msgspec.json.encode(body("late")))
+    ).status_code == 503
+
+
+async def _runs(node: Node, num_requests: int) -> bool:
+    load = node.service.executor.last_load
+    return load is not None and load.load.num_running == num_requests
+
+
+async def test_an_engine_that_cannot_load_says_why_on_every_route() -> None:
+    script = "import sys; from orchestrator.executor_process import run_executor\n"
+    script += "from orchestrator.core.errors import EngineDirectoryError\n"
+    script += "def load(): raise EngineDirectoryError('model.safetensors is missing')\n"
+    script += "sys.exit(run_executor(sys.argv[1], load))"
+    async with running(sys.executable, "-c", script) as node:
+        answers = [
+            await node.client.get("/health"),
+            await node.client.get("/v1/node"),
+            await node.client.post("/v1/generate", content=msgspec.json.encode(body())),
+        ]
+
+    assert {a.status_code for a in answers} == {503}
+    assert all("model.safetensors is missing" in a.text for a in answers)
+
+
+async def test_a_stopped_engine_counts_as_unhealthy_until_it_goes_on(node: Node) -> None:
+    pid = node.service.executor.pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+
+        async def is_unhealthy() -> bool:
+            return (await node.client.get("/health")).status_code == 503
+
+        await until(is_unhealthy, "the silence is noticed")
+        assert "has said nothing for" in (await node.client.get("/health")).text
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+    async def is_healthy() -> bool:
+        return (await node.client.get("/health")).status_code == 200
+
+    await until(is_healthy, "the engine is heard again")
+
+
+async def test_a_draining_node_finishes_what_runs_and_refuses_what_comes(node: Node) -> None:
+    running_one = asyncio.create_task(node.generate(body("old", max_tokens=300)))
+    await until(lambda: _runs(node, 1), "it runs")
+
+    drained = await node.client.post("/v1/drain")
+
+    assert drained.json() == {"open_requests": 1}
+    refused = await node.client.post("/v1/generate", content=msgspec.json.encode(body("new")))
+    assert refused.status_code == 503
+    assert "draining" in refused.text
+    assert (await node.snapshot()).is_draining
+    assert len(await running_one) == 300
+
+
+async def test_an_id_in_use_is_refused(node: Node) -> None:
+    first = asyncio.create_task(node.generate(body("same", max_tokens=300)))
+    await until(lambda: _runs(node, 1), "it runs")
+
+    second = await node.client.post("/v1/generate", content=msgspec.json.encode(body("same")))
+
+    assert second.status_code == 400
+    assert "'same' is already in use" in second.text
+    assert len(await first) == 300
+
+
+async def test_a_shut_down_node_leaves_no_process(node: Node) -> None:
+    pid = node.service.executor.pid
+    await node.service.executor.__aexit__(None, None, None)
+
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
