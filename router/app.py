@@ -1,0 +1,287 @@
+"""The router's HTTP application: OpenAI's routes over the nodes of a pool."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from orchestrator.core.errors import ProServeError
+from orchestrator.core.ports import Clock
+from router.access import CLIENT_LEFT_STATUS, REQUEST_ID_HEADER, AccessLog, RequestRecord
+from router.config import RouterConfig
+from router.dispatch import Dispatcher
+from router.endpoints import EndpointPool
+from router.errors import (
+    ErrorAnswer,
+    Refused,
+    error_answer,
+    http_error_answer,
+    refusal_of,
+)
+from router.generation import Generation, GenerationTools
+from router.metrics import CONTENT_TYPE, RouterMetrics
+from router.node_client import NodeClient
+from router.policy import LeastLoadPolicy, RoutingPolicy
+from router.responses import (
+    AnswerFormat,
+    ChatFormat,
+    CompletionFormat,
+    Model,
+    ModelList,
+)
+from router.schema import ChatCompletionBody, CompletionBody, GenerationBody
+from router.streaming import AnswerHead, EventStream, WholeAnswer
+from router.tokenizer import Tokenizer
+from router.translation import GenerationPlan, Translator, model_not_found
+
+BodyT = TypeVar("BodyT", bound=GenerationBody)
+
+_encoder = msgspec.json.Encoder()
+
+
+class MonotonicClock:
+    """The machine's monotonic clock."""
+
+    def now_s(self) -> float:
+        """Return seconds since some moment before the process began."""
+        return time.monotonic()
+
+
+class RouterService:
+    """What the routes share. Belongs to one event loop, that of its application's lifespan."""
+
+    def __init__(self, config: RouterConfig, tokenizer: Tokenizer, clock: Clock) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.clock = clock
+        self.metrics = RouterMetrics()
+        self.created_s = int(time.time())
+        self.client = NodeClient(
+            connect_timeout_s=config.connect_timeout_s, stall_timeout_s=config.stall_timeout_s
+        )
+        self.pool = EndpointPool(
+            config.nodes,
+            self.client,
+            clock,
+            model=config.model,
+            poll_interval_s=config.snapshot_poll_interval_s,
+            max_snapshot_age_s=config.max_snapshot_age_s,
+        )
+        self.translator = Translator(config, tokenizer, self.pool)
+        self._tools = GenerationTools(
+            dispatcher=Dispatcher(
+                self.pool,
+                self.client,
+                _policy(config),
+                clock,
+                self.metrics,
+                max_attempts=config.max_attempts,
+            ),
+            tokenizer=tokenizer,
+            metrics=self.metrics,
+            clock=clock,
+        )
+
+    def answer(
+        self, plan: GenerationPlan, answer_format: AnswerFormat, record: RequestRecord
+    ) -> Response:
+        """Return the response that runs `plan`."""
+        head = AnswerHead(
+            completion_id=f"{answer_format.id_prefix}{uuid.uuid4().hex}",
+            created_s=int(time.time()),
+            model=plan.model,
+            num_choices=len(plan.sequences),
+        )
+        generation = Generation(head.completion_id, plan, self._tools, record)
+        if plan.is_stream:
+            return EventStream(head, generation, answer_format, plan.stream_options, record)
+        return WholeAnswer(head, generation, answer_format, record)
+
+    async def read(self, request: Request, body_type: type[BodyT]) -> BodyT:
+        """Return the request's body.
+
+        Raises:
+            RequestRejected: it is too large, too slow, not JSON, or does not fit the schema.
+        """
+        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content_type != "application/json":
+            raise Refused(
+                f"content-type is {content_type[:64]!r}, it must be 'application/json'",
+                status=415,
+                code="unsupported_media_type",
+            )
+        try:
+            async with asyncio.timeout(self.config.body_timeout_s):
+                body = await _read_body(request, self.config.max_body_bytes)
+        except TimeoutError:
+            raise Refused(
+                f"the body was not complete after {self.config.body_timeout_s:g} s",
+                status=408,
+                code="body_timeout",
+            ) from None
+        try:
+            return body_type.model_validate_json(body)
+        except ValidationError as error:
+            raise refusal_of(error, known_fields=list(body_type.model_fields)) from error
+
+
+def create_app(
+    config: RouterConfig, *, tokenizer: Tokenizer | None = None, clock: Clock | None = None
+) -> FastAPI:
+    """Return the router's ASGI application; its lifespan is that of the connections to nodes.
+
+    Without `tokenizer` the one of `config.engine_dir` is loaded.
+
+    Raises:
+        EngineDirectoryError: the engine directory has no usable tokenizer.
+    """
+    service = RouterService(
+        config,
+        tokenizer or Tokenizer.from_engine_dir(config.engine_dir),
+        clock or MonotonicClock(),
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.pool.start()
+        try:
+            yield
+        finally:
+            await service.pool.stop()
+            await service.client.close()
+
+    # Bodies are read and checked here, not by FastAPI, so the schema it would show has none.
+    app = FastAPI(
+        title="ProServe router", lifespan=lifespan, openapi_url=None, redirect_slashes=False
+    )
+    app.add_middleware(AccessLog, clock=service.clock, metrics=service.metrics)
+    _add_generation_routes(app, service)
+    _add_information_routes(app, service)
+    _add_error_handlers(app)
+    return app
+
+
+def _add_generation_routes(app: FastAPI, service: RouterService) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        record: RequestRecord = request.state.record
+        body = await service.read(request, ChatCompletionBody)
+        plan = await service.translator.plan_chat(body, request.headers, record.arrival_s)
+        answer_format = ChatFormat(service.tokenizer, has_logprobs=bool(body.logprobs))
+        return service.answer(plan, answer_format, record)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        record: RequestRecord = request.state.record
+        body = await service.read(request, CompletionBody)
+        plan = await service.translator.plan_completion(body, request.headers, record.arrival_s)
+        answer_format = CompletionFormat(
+            service.tokenizer,
+            has_logprobs=body.logprobs is not None,
+            echoes=[sequence.prompt.echo for sequence in plan.sequences],
+        )
+        return service.answer(plan, answer_format, record)
+
+
+def _add_information_routes(app: FastAPI, service: RouterService) -> None:
+    model = Model(service.config.model, service.created_s)
+
+    @app.get("/v1/models")
+    async def list_models() -> Response:
+        return _json(200, ModelList((model,)))
+
+    @app.get("/v1/models/{model_id:path}")
+    async def get_model(model_id: str) -> Response:
+        if model_id != model.id:
+            raise model_not_found(model_id, served=model.id)
+        return _json(200, model)
+
+    @app.get("/health")
+    async def health() -> Response:
+        obstacles = service.pool.obstacles(service.clock.now_s())
+        nodes = {endpoint_id: obstacle or "ready" for endpoint_id, obstacle in obstacles.items()}
+        is_ready = None in obstacles.values()
+        status = "ready" if is_ready else "no node can take requests now"
+        return _json(200 if is_ready else 503, {"status": status, "nodes": nodes})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        obstacles = service.pool.obstacles(service.clock.now_s())
+        text = await asyncio.to_thread(service.metrics.render, obstacles)
+        return Response(text, media_type=CONTENT_TYPE)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(ProServeError)
+    async def on_error(request: Request, error: ProServeError) -> Response:
+        status, answer = error_answer(error)
+        headers = {"retry-after": "1"} if status == 503 else {}
+        return _refuse(request, status, answer, headers)
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        path = f"{request.method} {request.url.path[:128]}"
+        message, code = {
+            404: (f"unknown route: {path}", "unknown_route"),
+            405: (f"{path} is not allowed; see the Allow header", "method_not_allowed"),
+        }.get(error.status_code, (str(error.detail), None))
+        answer = http_error_answer(error.status_code, message, code=code)
+        return _refuse(request, error.status_code, answer, dict(error.headers or {}))
+
+    @app.exception_handler(ClientDisconnect)
+    async def on_disconnect(request: Request, _: ClientDisconnect) -> Response:
+        request.state.record.has_client_left = True
+        return Response(status_code=CLIENT_LEFT_STATUS)
+
+    @app.exception_handler(Exception)
+    async def on_bug(request: Request, _: Exception) -> Response:
+        request_id = request.state.record.request_id
+        message = f"internal error; the router's log tells more under request id {request_id}"
+        answer = http_error_answer(500, message, code="internal_error")
+        # Its server closes the connection behind an exception, so the client should know.
+        headers = {REQUEST_ID_HEADER: request_id, "connection": "close"}
+        return _json(500, answer, headers)
+
+
+def _refuse(
+    request: Request, status: int, answer: ErrorAnswer, headers: dict[str, str]
+) -> Response:
+    request.state.record.error = answer.error.code or answer.error.type
+    return _json(status, answer, headers)
+
+
+def _json(status: int, value: object, headers: dict[str, str] | None = None) -> Response:
+    return Response(_encoder.encode(value), status, headers, media_type="application/json")
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    refusal = Refused(
+        f"the body has more than {limit:,} bytes, the limit; send less",
+        status=413,
+        code="body_too_large",
+    )
+    announced = request.headers.get("content-length", "0")
+    if announced.isdigit() and int(announced) > limit:
+        raise refusal
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise refusal
+    return bytes(body)
+
+
+def _policy(config: RouterConfig) -> RoutingPolicy:
+    match config.policy:
+        case "least-load":
+            return LeastLoadPolicy()

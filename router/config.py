@@ -1,0 +1,170 @@
+"""What a router is told at start: where its nodes are, whom it serves, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from orchestrator.core.slo import PriorityClass, Slo
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
+"""Ends up in log lines, metric labels and headers."""
+
+
+def _check_node_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError(f"{url!r} is not a node address, write it as http://HOST:PORT")
+    if parts.path.strip("/") or parts.query or parts.fragment or parts.username:
+        raise ValueError(
+            f"{url!r} has more than scheme, host and port; write it as http://HOST:PORT"
+        )
+    return url.rstrip("/")
+
+
+class ServiceClassConfig(BaseModel):
+    """A service class that requests belong to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    name: Name
+    """What a request's `priority` says."""
+
+    weight: Annotated[FiniteFloat, Field(ge=0)]
+    """Gain of one output token delivered in time, relative to the other classes: larger is more
+    valuable."""
+
+    ttft_ms: PositiveFloat | None = None
+    """Objective for the first token, from the request's arrival, for requests that bring none of
+    their own. None promises nothing."""
+
+    tpot_ms: PositiveFloat | None = None
+    """Objective for each later token, after the one before it. None promises nothing."""
+
+    def to_priority_class(self) -> PriorityClass:
+        """Return the core's form of this class."""
+        slo = {}
+        if self.ttft_ms is not None:
+            slo["ttft_s"] = self.ttft_ms / 1000
+        if self.tpot_ms is not None:
+            slo["tpot_s"] = self.tpot_ms / 1000
+        return PriorityClass(name=self.name, weight=self.weight, slo=Slo(**slo))
+
+
+class EndpointConfig(BaseModel):
+    """A node that the router may send requests to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    endpoint_id: Name
+    """The id that the node itself gives; a node with another id behind the address is not used."""
+
+    url: Annotated[str, AfterValidator(_check_node_url)]
+    """Address of the node's HTTP service, as http://HOST:PORT."""
+
+
+# Neighbouring classes are worth 2 to 1, as in the open traces of ProServe (arXiv 2512.12928);
+# the objectives of `high` are those that xLLM ships, the others relax them.
+DEFAULT_CLASSES = (
+    ServiceClassConfig(name="high", weight=4.0, ttft_ms=1000, tpot_ms=50),
+    ServiceClassConfig(name="normal", weight=2.0, ttft_ms=2000, tpot_ms=100),
+    ServiceClassConfig(name="low", weight=1.0, ttft_ms=5000, tpot_ms=200),
+)
+
+
+class RouterSettings(BaseModel):
+    """A router, but for the nodes behind it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 opens the router to the network."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """TCP port to listen on; 0 takes any free one."""
+
+    policy: Literal["least-load"] = "least-load"
+    """How a node is chosen for a request."""
+
+    classes: Annotated[tuple[ServiceClassConfig, ...], Field(min_length=1)] = DEFAULT_CLASSES
+    """The service classes on offer."""
+
+    default_class: str = "normal"
+    """Class of requests that name none."""
+
+    max_body_bytes: PositiveInt = 4 * 1024 * 1024
+    """Larger request bodies are refused while they are being read."""
+
+    max_sequences_per_request: PositiveInt = 128
+    """Most sequences that one request may ask for: its prompts times its `n`."""
+
+    body_timeout_s: PositiveFloat = 30.0
+    """A client has this long to send its request's body."""
+
+    connect_timeout_s: PositiveFloat = 1.0
+    """A node that does not accept a connection in this time counts as unavailable."""
+
+    stall_timeout_s: PositiveFloat = 300.0
+    """A node that is silent on a request for this long counts as unavailable; it must exceed the
+    longest wait for a first token."""
+
+    max_attempts: PositiveInt = 3
+    """Nodes tried for one sequence before its first token; none is tried twice."""
+
+    snapshot_poll_interval_s: PositiveFloat = 0.25
+    """Pause between two looks at a node's load."""
+
+    max_snapshot_age_s: PositiveFloat = 3.0
+    """A node not heard of for longer gets no requests."""
+
+    @model_validator(mode="after")
+    def _check_settings(self) -> Self:
+        class_names = [c.name for c in self.classes]
+        _check_unique("classes", class_names)
+        if self.default_class not in class_names:
+            raise ValueError(
+                f"default_class is {self.default_class!r}, "
+                f"it must be one of the classes: {', '.join(class_names)}"
+            )
+        if self.max_snapshot_age_s <= self.snapshot_poll_interval_s:
+            raise ValueError(
+                f"max_snapshot_age_s is {self.max_snapshot_age_s}, it must exceed "
+                f"snapshot_poll_interval_s, {self.snapshot_poll_interval_s}"
+            )
+        return self
+
+
+class RouterConfig(RouterSettings):
+    """One router process."""
+
+    engine_dir: Path
+    """A prebuilt engine directory of the served model, for its tokenizer and chat template."""
+
+    model: Name
+    """Name under which the model is served; nodes that serve another name are not used."""
+
+    nodes: Annotated[tuple[EndpointConfig, ...], Field(min_length=1)]
+    """Where requests may be sent."""
+
+    @model_validator(mode="after")
+    def _check_nodes(self) -> Self:
+        _check_unique("nodes", [n.endpoint_id for n in self.nodes])
+        return self
+
+
+def _check_unique(what: str, names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        raise ValueError(f"{what}: each may be listed once, got {', '.join(names)}")

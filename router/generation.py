@@ -1,0 +1,191 @@
+"""Answers one client request: runs its sequences on nodes and keeps count."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TypeVar
+
+from orchestrator.core.ports import Clock
+from orchestrator.core.slo import GainWeights, Slo, token_deadline_s
+from orchestrator.wire import GenerateRequest
+from router.access import RequestRecord
+from router.dispatch import Dispatcher
+from router.metrics import ClassMetrics, RouterMetrics
+from router.output import OutputAssembler, OutputDelta
+from router.policy import RoutingRequest
+from router.responses import Usage
+from router.tokenizer import Tokenizer
+from router.translation import GenerationPlan
+
+T = TypeVar("T")
+
+_GAIN_WEIGHTS = GainWeights()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationTools:
+    """What every generation of a router shares."""
+
+    dispatcher: Dispatcher
+    tokenizer: Tokenizer
+    metrics: RouterMetrics
+    clock: Clock
+
+
+class Generation:
+    """One accepted request."""
+
+    def __init__(
+        self,
+        completion_id: str,
+        plan: GenerationPlan,
+        tools: GenerationTools,
+        record: RequestRecord,
+    ) -> None:
+        self._completion_id = completion_id
+        self._plan = plan
+        self._tools = tools
+        self._record = record
+        self._class_metrics = tools.metrics.of_class(plan.priority_class.name)
+        self._class_metrics.prompt_tokens.inc(plan.num_prompt_tokens)
+        record.accept(completion_id, plan.priority_class.name, plan.num_prompt_tokens)
+
+    def usage(self, num_completion_tokens: int) -> Usage:
+        """Return the counts when this many tokens have been answered."""
+        num_prompt_tokens = self._plan.num_prompt_tokens
+        return Usage(
+            num_prompt_tokens, num_completion_tokens, num_prompt_tokens + num_completion_tokens
+        )
+
+    def deltas(self) -> AsyncGenerator[tuple[int, Sequence[OutputDelta]]]:
+        """Yield (choice, what it gains) as it comes; close it to abort everything.
+
+        Raises:
+            NodeUnavailable, RequestRejected, EngineStepError: as `Dispatcher.generate`.
+        """
+        return merged([self._run(index) for index in range(len(self._plan.sequences))])
+
+    async def _run(self, index: int) -> AsyncGenerator[Sequence[OutputDelta]]:
+        plan, sequence = self._plan, self._plan.sequences[index]
+        request = self._node_request(index)
+        routing = RoutingRequest(
+            request_id=request.request_id,
+            num_prompt_tokens=len(sequence.prompt.token_ids),
+            max_tokens=sequence.sampling.max_tokens,
+            weight=plan.priority_class.weight,
+            slo=plan.slo,
+            arrival_s=plan.arrival_s,
+        )
+        assembler = OutputAssembler(
+            self._tools.tokenizer,
+            stop=plan.stop,
+            stop_token_ids=sequence.sampling.stop_token_ids,
+        )
+        meter = SequenceMeter(
+            self._class_metrics, plan.slo, weight=routing.weight, arrival_s=plan.arrival_s
+        )
+        batches = self._tools.dispatcher.generate(routing, request, self._record.endpoint_ids)
+        try:
+            async with aclosing(batches):
+                async for events in batches:
+                    now_s = self._tools.clock.now_s()
+                    deltas = assembler.add_all(events)
+                    num_new_tokens = sum(delta.num_new_tokens for delta in deltas)
+                    finish_reason = deltas[-1].finish_reason
+                    meter.receive(num_new_tokens, now_s)
+                    self._record.receive(num_new_tokens, now_s, finish_reason)
+                    yield deltas
+                    if finish_reason is not None and events[-1].finish_reason is None:
+                        return  # A stop string: closing the events aborts the node's work.
+        finally:
+            meter.close()
+
+    def _node_request(self, index: int) -> GenerateRequest:
+        plan, sequence = self._plan, self._plan.sequences[index]
+        return GenerateRequest(
+            request_id=f"{self._completion_id}-{index}",
+            prompt_token_ids=sequence.prompt.token_ids,
+            sampling=sequence.sampling,
+            priority_class=plan.priority_class.name,
+            weight=plan.priority_class.weight,
+            ttft_s=plan.slo.ttft_s if math.isfinite(plan.slo.ttft_s) else None,
+            tpot_s=plan.slo.tpot_s if math.isfinite(plan.slo.tpot_s) else None,
+        )
+
+
+class SequenceMeter:
+    """Counts one sequence's latencies and gain, as they are when its tokens reach the router."""
+
+    def __init__(self, metrics: ClassMetrics, slo: Slo, *, weight: float, arrival_s: float) -> None:
+        self._metrics = metrics
+        self._slo = slo
+        self._weight = weight
+        self._arrival_s = arrival_s
+        self._num_tokens = 0
+        self._last_token_s = 0.0
+        self._gain_captured = 0.0
+        self._gain_possible = 0.0
+
+    def receive(self, num_new_tokens: int, now_s: float) -> None:
+        """Count tokens that came together."""
+        for _ in range(num_new_tokens):
+            if self._num_tokens == 0:
+                self._metrics.ttft.observe(now_s - self._arrival_s)
+            else:
+                self._metrics.inter_token.observe(now_s - self._last_token_s)
+            gain = self._weight * _GAIN_WEIGHTS.of_token(self._num_tokens)
+            due_s = token_deadline_s(self._slo, self._num_tokens, arrival_s=self._arrival_s)
+            self._gain_possible += gain
+            self._gain_captured += gain if now_s < due_s else 0.0
+            self._num_tokens += 1
+            self._last_token_s = now_s
+
+    def close(self) -> None:
+        """The sequence has ended; one without any token has missed its first one's gain."""
+        if self._num_tokens == 0:
+            self._gain_possible = self._weight * _GAIN_WEIGHTS.first_token
+        self._metrics.completion_tokens.inc(self._num_tokens)
+        self._metrics.gain_captured.inc(self._gain_captured)
+        self._metrics.gain_possible.inc(self._gain_possible)
+
+
+async def merged(
+    generators: Sequence[AsyncGenerator[T]],
+) -> AsyncGenerator[tuple[int, T]]:
+    """Yield (number of the generator, value) as values come; close it to close them all.
+
+    Raises what the first failing generator raises, after closing the others.
+    """
+    if len(generators) == 1:  # The common case needs no tasks.
+        async with aclosing(generators[0]) as values:
+            async for value in values:
+                yield 0, value
+        return
+
+    queue: asyncio.Queue[tuple[int, T] | asyncio.Task[None]] = asyncio.Queue()
+
+    async def pump(index: int) -> None:
+        async with aclosing(generators[index]) as values:
+            async for value in values:
+                queue.put_nowait((index, value))
+
+    tasks = [asyncio.create_task(pump(index)) for index in range(len(generators))]
+    for task in tasks:
+        task.add_done_callback(queue.put_nowait)
+    try:
+        num_open = len(tasks)
+        while num_open:
+            item = await queue.get()
+            if isinstance(item, asyncio.Task):
+                item.result()
+                num_open -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,111 @@
+"""Turns a sequence's token events into text: stop strings, log-probabilities, finish reason."""
+
+from __future__ import annotations
+
+import codecs
+from collections import deque
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from orchestrator.core.ports import TokenLogprobs
+from orchestrator.core.request import FinishReason
+from orchestrator.wire import TokenEvent
+from router.detokenizer import IncrementalDetokenizer
+from router.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLogprob:
+    """Log-probabilities of one output token."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """(token_id, logprob), most likely first."""
+
+    text_offset: int
+    """Characters of the output before the one in which this token begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputDelta:
+    """What one token event adds to an answer; it may be nothing."""
+
+    text: str
+    num_new_tokens: int
+    """Tokens received, up to the one that completes a stop string; the end token counts."""
+
+    logprobs: tuple[OutputLogprob, ...]
+    finish_reason: Literal["stop", "length"] | None
+
+
+class OutputAssembler:
+    """Follows one sequence.
+
+    A token's log-probabilities go out with the text in which it begins, so tokens of a stop
+    string or of the model's end have none.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, stop: Collection[str], stop_token_ids: Collection[int]
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._detokenizer = IncrementalDetokenizer(tokenizer, stop=list(stop))
+        self._stop_token_ids = frozenset(stop_token_ids)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._num_decoded_characters = 0
+        self._num_sent_characters = 0
+        self._waiting: deque[OutputLogprob] = deque()
+
+    def add_all(self, events: Iterable[TokenEvent]) -> list[OutputDelta]:
+        """Return what each of `events` adds, up to the first that finishes the text."""
+        deltas = []
+        for event in events:
+            deltas.append(self.add(event))
+            if deltas[-1].finish_reason is not None:
+                break
+        return deltas
+
+    def add(self, event: TokenEvent) -> OutputDelta:
+        """Return what `event` adds. After a finish reason nothing more may be added."""
+        pieces: list[str] = []
+        num_new_tokens = 0
+        finish_reason: Literal["stop", "length"] | None = None
+        for position, token_id in enumerate(event.new_token_ids):
+            num_new_tokens += 1
+            is_last = position + 1 == len(event.new_token_ids)
+            is_final = is_last and event.finish_reason is FinishReason.STOP
+            if is_final and token_id in self._stop_token_ids:
+                break  # The end itself is not part of the text.
+            if event.logprobs:
+                self._note(token_id, event.logprobs[position])
+            pieces.append(self._detokenizer.add([token_id]))
+            if self._detokenizer.stopped_on is not None:
+                finish_reason = "stop"
+                break
+        if finish_reason is None and event.finish_reason is not None:
+            pieces.append(self._detokenizer.finish())
+            has_stopped = self._detokenizer.stopped_on is not None
+            is_length = event.finish_reason is FinishReason.LENGTH and not has_stopped
+            finish_reason = "length" if is_length else "stop"
+        text = "".join(pieces)
+        self._num_sent_characters += len(text)
+        logprobs = self._take(everything=finish_reason == "length")
+        return OutputDelta(text, num_new_tokens, logprobs, finish_reason)
+
+    def _note(self, token_id: int, found: TokenLogprobs) -> None:
+        self._waiting.append(
+            OutputLogprob(token_id, found.token_logprob, found.top, self._num_decoded_characters)
+        )
+        if not self._tokenizer.is_special(token_id):
+            text = self._decoder.decode(self._tokenizer.token_bytes(token_id))
+            self._num_decoded_characters += len(text)
+
+    def _take(self, *, everything: bool) -> tuple[OutputLogprob, ...]:
+        taken = []
+        while self._waiting and (
+            everything or self._waiting[0].text_offset < self._num_sent_characters
+        ):
+            taken.append(self._waiting.popleft())
+        return tuple(taken)

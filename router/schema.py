@@ -1,0 +1,311 @@
+"""Bodies that clients send. Every field says what it is; whatever is not here is refused.
+
+Null counts as absent everywhere, as OpenAI's own clients use it. Limits that depend on the
+model or the configuration (lengths, names of classes) are checked in `translation`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainValidator,
+    Tag,
+)
+from pydantic_core import PydanticCustomError
+
+MAX_SEED = 2**63 - 1
+MAX_TOP_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
+MAX_OBJECTIVE_MS = 3_600_000
+
+
+def refused_unless(*harmless: object) -> AfterValidator:
+    """Return a validator that refuses every value but null and the `harmless` ones.
+
+    Those change nothing about the answer, and clients send them without being asked.
+    """
+
+    def check(value: object) -> object:
+        if value is None or any(value == h and type(value) is type(h) for h in harmless):
+            return value
+        raise PydanticCustomError("unsupported_parameter", "is not supported")
+
+    return AfterValidator(check)
+
+
+def _refuse_kind(expected: str) -> PlainValidator:
+    def refuse(_: object) -> object:
+        raise PydanticCustomError("wrong_kind", "{expected}", {"expected": expected})
+
+    return PlainValidator(refuse)
+
+
+def _kind_of_text(value: object) -> str:
+    match value:
+        case str():
+            return "<text>"
+        case list():
+            return "<list>"
+        case _:
+            return "<other>"
+
+
+def _kind_of_prompt(value: object) -> str:
+    match value:
+        case [str(), *_]:
+            return "<texts>"
+        case [list(), *_]:
+            return "<token lists>"
+        case [int(), *_]:
+            return "<tokens>"
+        case []:
+            return "<texts>"
+        case str():
+            return "<text>"
+        case _:
+            return "<other>"
+
+
+class Body(BaseModel):
+    """Base of everything a client sends."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class TextPart(Body):
+    """Part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    """`developer` is rendered as `system`: models that are served here know only that."""
+
+    content: Annotated[
+        Annotated[str, Tag("<text>")]
+        | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("<list>")]
+        | Annotated[Any, _refuse_kind("a string or an array of text parts"), Tag("<other>")],
+        Discriminator(_kind_of_text),
+    ]
+    """Text, or parts of text that are joined without anything in between."""
+
+    name: Annotated[Any, refused_unless()] = None
+    refusal: Annotated[Any, refused_unless()] = None
+    audio: Annotated[Any, refused_unless()] = None
+    annotations: Annotated[Any, refused_unless([])] = None
+    function_call: Annotated[Any, refused_unless()] = None
+    tool_calls: Annotated[Any, refused_unless([])] = None
+    tool_call_id: Annotated[Any, refused_unless()] = None
+
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class SloBody(Body):
+    """Latency objectives of one request; what is absent comes from its class."""
+
+    ttft_ms: Annotated[float, Field(gt=0, le=MAX_OBJECTIVE_MS)] | None = None
+    """From arrival to the first token."""
+
+    tpot_ms: Annotated[float, Field(gt=0, le=MAX_OBJECTIVE_MS)] | None = None
+    """Between consecutive tokens."""
+
+
+class StreamOptions(Body):
+    """What a stream carries besides text."""
+
+    include_usage: bool | None = None
+    """Ends the stream with a chunk that has `usage` and no choices."""
+
+    continuous_usage_stats: bool | None = None
+    """Puts the counts so far on every chunk; needs `include_usage`."""
+
+    include_obfuscation: Annotated[Any, refused_unless(False)] = None
+
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+StopField = Annotated[
+    Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH), Tag("<text>")]
+    | Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
+        Field(max_length=MAX_STOP_STRINGS),
+        Tag("<list>"),
+    ]
+    | Annotated[Any, _refuse_kind("a string or an array of strings"), Tag("<other>")],
+    Discriminator(_kind_of_text),
+]
+
+PromptField = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[list[str], Field(min_length=1, fail_fast=True), Tag("<texts>")]
+    | Annotated[list[TokenId], Field(fail_fast=True), Tag("<tokens>")]
+    | Annotated[
+        list[Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]],
+        Field(fail_fast=True),
+        Tag("<token lists>"),
+    ]
+    | Annotated[
+        Any,
+        _refuse_kind("a string, an array of strings, token ids, or an array of token id arrays"),
+        Tag("<other>"),
+    ],
+    Discriminator(_kind_of_prompt),
+]
+
+
+class GenerationBody(Body):
+    """What both routes take."""
+
+    model: str
+    """Name of the served model."""
+
+    stream: bool | None = None
+    """Send the answer as server-sent events while it is made."""
+
+    stream_options: StreamOptions | None = None
+    """Only together with `stream`."""
+
+    n: Annotated[int, Field(ge=1)] | None = None
+    """Answers to each prompt."""
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Output tokens at most."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """0 is greedy."""
+
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Keep the most likely tokens that reach this probability together."""
+
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Keep this many tokens; 0 keeps all."""
+
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Keep tokens at least this likely, relative to the likeliest."""
+
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    """1 changes nothing."""
+
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    """Makes the answer repeatable."""
+
+    stop: StopField | None = None
+    """Texts that end the answer; they are not part of it."""
+
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    """Tokens that end the answer, beside the model's own end tokens."""
+
+    ignore_eos: bool | None = None
+    """Do not end at the model's own end tokens."""
+
+    priority: str | None = None
+    """Name of a service class."""
+
+    slo: SloBody | None = None
+    """Latency objectives, in place of the class's."""
+
+    logit_bias: Annotated[Any, refused_unless({})] = None
+    user: str | None = None
+    """Accepted and ignored."""
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class ChatCompletionBody(GenerationBody):
+    """Body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    """The conversation so far."""
+
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    """The newer name of `max_tokens`."""
+
+    logprobs: bool | None = None
+    """Report the log-probability of each token."""
+
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    """Alternatives to report for each token; needs `logprobs`."""
+
+    metadata: dict[str, str] | None = None
+    """Accepted and ignored."""
+
+    safety_identifier: str | None = None
+    """Accepted and ignored."""
+
+    prompt_cache_key: str | None = None
+    """Accepted and ignored."""
+
+    audio: Annotated[Any, refused_unless()] = None
+    function_call: Annotated[Any, refused_unless("none")] = None
+    functions: Annotated[Any, refused_unless([])] = None
+    modalities: Annotated[Any, refused_unless(["text"])] = None
+    moderation: Annotated[Any, refused_unless()] = None
+    parallel_tool_calls: Annotated[Any, refused_unless()] = None
+    prediction: Annotated[Any, refused_unless()] = None
+    prompt_cache_options: Annotated[Any, refused_unless()] = None
+    prompt_cache_retention: Annotated[Any, refused_unless()] = None
+    reasoning_effort: Annotated[Any, refused_unless()] = None
+    response_format: Annotated[Any, refused_unless({"type": "text"})] = None
+    service_tier: Annotated[Any, refused_unless("auto", "default")] = None
+    store: Annotated[Any, refused_unless(False)] = None
+    tool_choice: Annotated[Any, refused_unless("none")] = None
+    tools: Annotated[Any, refused_unless([])] = None
+    verbosity: Annotated[Any, refused_unless()] = None
+    web_search_options: Annotated[Any, refused_unless()] = None
+
+
+class CompletionBody(GenerationBody):
+    """Body of POST /v1/completions."""
+
+    prompt: PromptField
+    """Text or token ids, one or several."""
+
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    """Alternatives to report for each token; 0 reports the chosen token alone."""
+
+    echo: bool | None = None
+    """Put the prompt before the answer; not together with `logprobs`."""
+
+    best_of: Annotated[Any, refused_unless(1)] = None
+    suffix: Annotated[Any, refused_unless("")] = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """`prompt` as a list of prompts."""
+        prompt: Any = self.prompt
+        is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
+        return [prompt] if is_one else list(prompt)
+
+
+IGNORED_PARAMETERS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
+"""Accepted and without effect; the table of docs/api.md lists the same."""

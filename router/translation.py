@@ -1,0 +1,303 @@
+"""From what a client asked to what nodes are told: classes, objectives, tokens, limits, seeds."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from starlette.datastructures import Headers
+
+from orchestrator.core.request import SamplingParams
+from orchestrator.core.slo import PriorityClass, Slo
+from router.config import RouterConfig
+from router.endpoints import EndpointPool
+from router.errors import Refused
+from router.schema import (
+    MAX_SEED,
+    ChatCompletionBody,
+    CompletionBody,
+    GenerationBody,
+    StreamOptions,
+)
+from router.terms import ServiceTerms, agreed
+from router.tokenizer import Tokenizer
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""What /v1/completions makes when not told; OpenAI's number."""
+
+# Tokenising is linear, some 100 ns a character; from here on it would hold up other streams.
+MAX_INLINE_CHARACTERS = 16_384
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt in tokens."""
+
+    token_ids: tuple[int, ...]
+    echo: str = ""
+    """Text that the answer begins with."""
+
+
+@dataclass(frozen=True, slots=True)
+class SequencePlan:
+    """One sequence to generate."""
+
+    prompt: Prompt
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationPlan:
+    """A client's request, checked and complete."""
+
+    model: str
+    priority_class: PriorityClass
+    slo: Slo
+    sequences: tuple[SequencePlan, ...]
+    """The answers to the first prompt, then those to the second, and so on."""
+
+    num_prompt_tokens: int
+    """Each prompt counted once."""
+
+    stop: tuple[str, ...]
+    is_stream: bool
+    stream_options: StreamOptions
+    arrival_s: float
+
+
+class Translator:
+    """Makes plans of request bodies."""
+
+    def __init__(self, config: RouterConfig, tokenizer: Tokenizer, pool: EndpointPool) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._pool = pool
+        self._terms = ServiceTerms(config.classes, default_class=config.default_class)
+
+    async def plan_chat(
+        self, body: ChatCompletionBody, headers: Headers, arrival_s: float
+    ) -> GenerationPlan:
+        """Return the plan for a conversation.
+
+        Raises:
+            RequestRejected: something in the request cannot be served.
+            NodeUnavailable: no node has said yet what it can serve.
+        """
+        self._check_model(body)
+        max_tokens = agreed(
+            ("max_tokens", body.max_tokens), ("max_completion_tokens", body.max_completion_tokens)
+        )
+        if body.top_logprobs is not None and not body.logprobs:
+            raise Refused("top_logprobs needs logprobs to be true", field="top_logprobs")
+        num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        roles = {"developer": "system"}
+        messages = [{"role": roles.get(m.role, m.role), "content": m.text} for m in body.messages]
+        token_ids = await _off_loop_if_long(
+            sum(len(m["content"]) for m in messages),
+            lambda: self._tokenizer.encode_chat(messages),
+        )
+        return self._plan(
+            body,
+            [Prompt(tuple(token_ids))],
+            headers,
+            arrival_s=arrival_s,
+            max_tokens=max_tokens,
+            num_logprobs=num_logprobs,
+        )
+
+    async def plan_completion(
+        self, body: CompletionBody, headers: Headers, arrival_s: float
+    ) -> GenerationPlan:
+        """Return the plan for one or several prompts.
+
+        Raises:
+            RequestRejected: something in the request cannot be served.
+            NodeUnavailable: no node has said yet what it can serve.
+        """
+        self._check_model(body)
+        if body.echo and body.logprobs is not None:
+            raise Refused(
+                "echo cannot be combined with logprobs: those of the prompt are not computed",
+                field="echo",
+            )
+        prompts = await _off_loop_if_long(
+            sum(len(prompt) for prompt in body.prompts), lambda: self._prompts(body)
+        )
+        return self._plan(
+            body,
+            prompts,
+            headers,
+            arrival_s=arrival_s,
+            max_tokens=DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
+            num_logprobs=body.logprobs,
+        )
+
+    def _plan(
+        self,
+        body: GenerationBody,
+        prompts: Sequence[Prompt],
+        headers: Headers,
+        *,
+        arrival_s: float,
+        max_tokens: int | None,
+        num_logprobs: int | None,
+    ) -> GenerationPlan:
+        if body.stream_options is not None and not body.stream:
+            raise Refused("stream_options needs stream to be true", field="stream_options")
+        stream_options = body.stream_options or StreamOptions()
+        if stream_options.continuous_usage_stats and not stream_options.include_usage:
+            raise Refused(
+                "stream_options.continuous_usage_stats needs include_usage to be true",
+                field="stream_options.continuous_usage_stats",
+            )
+        priority_class, slo = self._terms.of(body, headers)
+        num_choices = body.n or 1
+        limit = self._config.max_sequences_per_request
+        if len(prompts) * num_choices > limit:
+            raise Refused(
+                f"n is {num_choices:,} and there are {len(prompts):,} prompts: together "
+                f"{len(prompts) * num_choices:,} answers, one request may ask for {limit:,}",
+                field="n",
+            )
+        self._check_token_ids(body, prompts)
+        return GenerationPlan(
+            model=body.model,
+            priority_class=priority_class,
+            slo=slo,
+            sequences=tuple(
+                SequencePlan(
+                    prompt,
+                    self._sampling(
+                        body,
+                        choice,
+                        max_tokens=self._max_tokens(prompt, max_tokens, body),
+                        num_logprobs=num_logprobs,
+                    ),
+                )
+                for prompt in prompts
+                for choice in range(num_choices)
+            ),
+            num_prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
+            stop=body.stop_strings,
+            is_stream=bool(body.stream),
+            stream_options=stream_options,
+            arrival_s=arrival_s,
+        )
+
+    def _check_model(self, body: GenerationBody) -> None:
+        if body.model != self._config.model:
+            raise model_not_found(body.model, served=self._config.model)
+
+    def _prompts(self, body: CompletionBody) -> list[Prompt]:
+        found = []
+        for item in body.prompts:
+            if isinstance(item, str):
+                token_ids = self._tokenizer.encode(item, add_special_tokens=True)
+                text = item
+            else:
+                token_ids = item
+                text = self._tokenizer.decode(item) if body.echo else ""
+            found.append(Prompt(tuple(token_ids), text if body.echo else ""))
+        return found
+
+    def _check_token_ids(self, body: GenerationBody, prompts: Sequence[Prompt]) -> None:
+        field = _prompt_field(body)
+        limit = self._tokenizer.vocab_size
+        for prompt in prompts:
+            if not prompt.token_ids:
+                raise Refused(f"{field} has no tokens, it must have at least one", field=field)
+        for name, ids in (
+            *((field, prompt.token_ids) for prompt in prompts),
+            ("stop_token_ids", body.stop_token_ids or ()),
+        ):
+            if max(ids, default=0) >= limit:
+                raise Refused(
+                    f"{name} has token id {max(ids):,}, the model's ids are below {limit:,}",
+                    field=name,
+                )
+
+    def _max_tokens(self, prompt: Prompt, asked: int | None, body: GenerationBody) -> int:
+        num_prompt_tokens, limit = len(prompt.token_ids), self._pool.max_sequence_tokens()
+        if num_prompt_tokens >= limit:
+            field = _prompt_field(body)
+            raise Refused(
+                f"{field} has {num_prompt_tokens:,} tokens, the model takes {limit:,} together "
+                "with its answer; shorten it",
+                field=field,
+                code="context_length_exceeded",
+            )
+        if asked is None:
+            return limit - num_prompt_tokens
+        if num_prompt_tokens + asked > limit:
+            is_new_name = isinstance(body, ChatCompletionBody) and body.max_tokens is None
+            field = "max_completion_tokens" if is_new_name else "max_tokens"
+            raise Refused(
+                f"{field} is {asked:,} and the prompt has {num_prompt_tokens:,} tokens, the model "
+                f"takes {limit:,} together; ask for at most {limit - num_prompt_tokens:,}",
+                field=field,
+                code="context_length_exceeded",
+            )
+        return asked
+
+    def _sampling(
+        self, body: GenerationBody, choice: int, *, max_tokens: int, num_logprobs: int | None
+    ) -> SamplingParams:
+        end_token_ids = () if body.ignore_eos else tuple(self._tokenizer.eos_token_ids)
+        return SamplingParams(
+            max_tokens=max_tokens,
+            seed=choice_seed(body.seed, choice),
+            temperature=_given(body.temperature, 1.0),
+            top_p=_given(body.top_p, 1.0),
+            top_k=_given(body.top_k, 0),
+            min_p=_given(body.min_p, 0.0),
+            repetition_penalty=_given(body.repetition_penalty, 1.0),
+            presence_penalty=_given(body.presence_penalty, 0.0),
+            frequency_penalty=_given(body.frequency_penalty, 0.0),
+            stop_token_ids=tuple(dict.fromkeys((*end_token_ids, *(body.stop_token_ids or ())))),
+            num_logprobs=num_logprobs,
+        )
+
+
+def choice_seed(seed: int | None, choice: int) -> int:
+    """Return the seed of one of a prompt's answers.
+
+    The first answer takes the client's seed itself, so that it does not depend on `n`; the
+    others take a hash of seed and number. Without a seed each answer gets a random one.
+    """
+    if seed is None:
+        return secrets.randbelow(MAX_SEED + 1)
+    if choice == 0:
+        return seed
+    digest = hashlib.blake2b(b"%d/%d" % (seed, choice), digest_size=8).digest()
+    return int.from_bytes(digest) & MAX_SEED
+
+
+def model_not_found(asked: str, *, served: str) -> Refused:
+    """Return the refusal of a model that is not served here."""
+    shown = asked if len(asked) <= 128 else f"{asked[:128]}..."
+    return Refused(
+        f"the model {shown!r} does not exist here, {served!r} does",
+        field="model",
+        status=404,
+        code="model_not_found",
+    )
+
+
+def _prompt_field(body: GenerationBody) -> str:
+    return "messages" if isinstance(body, ChatCompletionBody) else "prompt"
+
+
+def _given(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+async def _off_loop_if_long(num_characters: int, tokenize: Callable[[], T]) -> T:
+    if num_characters <= MAX_INLINE_CHARACTERS:
+        return tokenize()
+    return await asyncio.to_thread(tokenize)

@@ -1,0 +1,101 @@
+"""Real HTTP servers for tests: any ASGI application on a free port, in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from types import TracebackType
+from typing import Self
+
+import uvicorn
+from starlette.types import ASGIApp
+
+DEADLINE_S = 20.0
+"""No wait in these tests lasts longer; reaching it is a failure."""
+
+
+def bound_socket(port: int = 0) -> socket.socket:
+    """Return a socket on `port` of this machine, by default a free one; it does not listen yet."""
+    bound = socket.socket()
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind(("127.0.0.1", port))
+    return bound
+
+
+def http_post(path: str, body: object) -> bytes:
+    """Return a request as it goes over a connection."""
+    content = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(content)}\r\n\r\n"
+    )
+    return head.encode() + content
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.has_begun = threading.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._must_end = asyncio.Event()
+        await super().startup(sockets)
+        self.has_begun.set()
+
+    async def main_loop(self) -> None:
+        await self._must_end.wait()  # uvicorn's own looks ten times a second.
+
+    def end(self) -> None:
+        self._loop.call_soon_threadsafe(self._must_end.set)
+
+
+class RunningServer:
+    """Serves `app` while in its context."""
+
+    def __init__(self, app: ASGIApp, *, port: int = 0) -> None:
+        self._socket = bound_socket(port)
+        self.port: int = self._socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._server = _Server(
+            uvicorn.Config(
+                app,
+                loop="uvloop",
+                http="httptools",
+                ws="none",
+                lifespan="auto",
+                timeout_graceful_shutdown=1,
+                log_config=None,
+                access_log=False,
+            )
+        )
+        self._thread = threading.Thread(
+            target=self._server.run, args=([self._socket],), daemon=True
+        )
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        assert self._server.has_begun.wait(DEADLINE_S), "the server did not start"
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop()
+
+    def kill(self) -> None:
+        """Stop at once and cut all connections, as a dying process does."""
+        self._server.force_exit = True
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._thread.is_alive():
+            self._server.end()
+        self._thread.join(DEADLINE_S)
+        assert not self._thread.is_alive(), "the server did not stop"
+        self._socket.close()

@@ -1,0 +1,457 @@
+"""What is refused, and in which words. Nothing that a client says is silently ignored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.router.conftest import RouterFactory, RunningRouter
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
+COMPLETION = {"model": "tiny", "prompt": "Hi"}
+USER = {"role": "user", "content": "Hi"}
+
+
+def case(
+    name: str,
+    changes: dict[str, Any],
+    param: str | None,
+    *words: str,
+    status: int = 400,
+    code: str | None = None,
+) -> Any:
+    return pytest.param(changes, status, param, code, words, id=name)
+
+
+COMMON_CASES = [
+    case(
+        "unknown model",
+        {"model": "gpt-9"},
+        "model",
+        "'gpt-9'",
+        "'tiny'",
+        status=404,
+        code="model_not_found",
+    ),
+    case("model of a wrong type", {"model": 5}, "model", "is 5", "a string", code="invalid_type"),
+    case("negative temperature", {"temperature": -0.1}, "temperature", "-0.1", "at least 0"),
+    case("temperature too high", {"temperature": 2.5}, "temperature", "2.5", "at most 2"),
+    case(
+        "temperature as text",
+        {"temperature": "1"},
+        "temperature",
+        "'1'",
+        "a number",
+        code="invalid_type",
+    ),
+    case("temperature as truth", {"temperature": True}, "temperature", "true", "a number"),
+    case("top_p of 0", {"top_p": 0}, "top_p", "0", "above 0"),
+    case("top_p above 1", {"top_p": 1.1}, "top_p", "at most 1"),
+    case("negative top_k", {"top_k": -1}, "top_k", "-1", "at least 0"),
+    case("min_p above 1", {"min_p": 2}, "min_p", "at most 1"),
+    case("presence penalty", {"presence_penalty": 3}, "presence_penalty", "3", "at most 2"),
+    case("frequency penalty", {"frequency_penalty": -3}, "frequency_penalty", "at least -2"),
+    case("repetition penalty", {"repetition_penalty": 0}, "repetition_penalty", "above 0"),
+    case("n of 0", {"n": 0}, "n", "0", "at least 1"),
+    case("n too high", {"n": 129}, "n", "129", "128"),
+    case("n as fraction", {"n": 1.5}, "n", "1.5", "whole number", code="invalid_type"),
+    case("max_tokens of 0", {"max_tokens": 0}, "max_tokens", "0", "at least 1"),
+    case(
+        "max_tokens over the limit",
+        {"max_tokens": 256},
+        "max_tokens",
+        "256",
+        "at most",
+        code="context_length_exceeded",
+    ),
+    case("negative seed", {"seed": -1}, "seed", "-1", "at least 0"),
+    case("seed too large", {"seed": 2**63}, "seed", "at most 9223372036854775807"),
+    case("empty stop string", {"stop": ""}, "stop", "at least 1 character"),
+    case("empty stop string in a list", {"stop": ["a", ""]}, "stop[1]", "at least 1"),
+    case("too many stop strings", {"stop": ["a"] * 17}, "stop", "17", "at most 16"),
+    case(
+        "stop of a wrong type",
+        {"stop": 7},
+        "stop",
+        "7",
+        "a string or an array of strings",
+        code="invalid_type",
+    ),
+    case("stop token outside", {"stop_token_ids": [300]}, "stop_token_ids", "300", "below"),
+    case("stream as text", {"stream": "yes"}, "stream", "'yes'", "true or false"),
+    case("stream options alone", {"stream_options": {}}, "stream_options", "stream"),
+    case(
+        "unknown stream option",
+        {"stream": True, "stream_options": {"usage": True}},
+        "stream_options.usage",
+        "unknown parameter",
+        code="unknown_parameter",
+    ),
+    case(
+        "counts without usage",
+        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+        "stream_options.continuous_usage_stats",
+        "include_usage",
+    ),
+    case(
+        "logit bias",
+        {"logit_bias": {"5": 1}},
+        "logit_bias",
+        "not supported",
+        code="unsupported_parameter",
+    ),
+    case(
+        "misspelt parameter",
+        {"temprature": 1},
+        "temprature",
+        "did you mean 'temperature'",
+        code="unknown_parameter",
+    ),
+    case("unknown parameter", {"<x>": 1}, "<x>", "unknown parameter", code="unknown_parameter"),
+    case("unknown priority", {"priority": "vip"}, "priority", "'vip'", "high, normal, low"),
+    case("priority as number", {"priority": 1}, "priority", "1", "a string"),
+    case("objective of 0", {"slo": {"ttft_ms": 0}}, "slo.ttft_ms", "above 0"),
+    case("objective too long", {"slo": {"tpot_ms": 1e9}}, "slo.tpot_ms", "at most 3600000"),
+    case("unknown objective", {"slo": {"e2e_ms": 1}}, "slo.e2e_ms", "unknown parameter"),
+    case("objectives of a wrong type", {"slo": 5}, "slo", "5", "an object"),
+    case("user of a wrong type", {"user": 5}, "user", "5", "a string"),
+]
+
+CHAT_CASES = [
+    *COMMON_CASES,
+    case("no messages", {"messages": []}, "messages", "at least 1"),
+    case("messages missing", {"messages": None}, "messages", "null", "an array"),
+    case("message of a wrong type", {"messages": ["Hi"]}, "messages[0]", "'Hi'", "an object"),
+    case(
+        "unknown role",
+        {"messages": [{"role": "tool", "content": "x"}]},
+        "messages[0].role",
+        "'tool'",
+        "'user'",
+    ),
+    case(
+        "no content",
+        {"messages": [{"role": "user"}]},
+        "messages[0].content",
+        "required",
+        code="missing_required_parameter",
+    ),
+    case(
+        "content of a wrong type",
+        {"messages": [USER, {"role": "user", "content": 5}]},
+        "messages[1].content",
+        "5",
+        "text parts",
+        code="invalid_type",
+    ),
+    case(
+        "an image",
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "messages[0].content[0].type",
+        "'image_url'",
+        "'text'",
+    ),
+    case(
+        "a name",
+        {"messages": [{**USER, "name": "Bob"}]},
+        "messages[0].name",
+        "not supported",
+        code="unsupported_parameter",
+    ),
+    case(
+        "a message's unknown field",
+        {"messages": [{**USER, "mood": "glad"}]},
+        "messages[0].mood",
+        "unknown parameter",
+    ),
+    case("tools", {"tools": [{}]}, "tools", "not supported", code="unsupported_parameter"),
+    case("tool choice", {"tool_choice": "auto"}, "tool_choice", "not supported"),
+    case(
+        "response format",
+        {"response_format": {"type": "json_object"}},
+        "response_format",
+        "not supported",
+    ),
+    case("storing", {"store": True}, "store", "not supported"),
+    case("service tier", {"service_tier": "priority"}, "service_tier", "not supported"),
+    case("alternatives without logprobs", {"top_logprobs": 2}, "top_logprobs", "logprobs"),
+    case(
+        "too many alternatives",
+        {"logprobs": True, "top_logprobs": 21},
+        "top_logprobs",
+        "21",
+        "at most 20",
+    ),
+    case("logprobs as number", {"logprobs": 2}, "logprobs", "2", "true or false"),
+    case(
+        "two limits",
+        {"max_tokens": 5, "max_completion_tokens": 6},
+        "max_tokens",
+        "5",
+        "6",
+        code="contradiction",
+    ),
+    case(
+        "newer limit too high",
+        {"max_completion_tokens": 999},
+        "max_completion_tokens",
+        "999",
+        code="context_length_exceeded",
+    ),
+    case(
+        "prompt too long",
+        {"messages": [{"role": "user", "content": "x" * 300}]},
+        "messages",
+        "256",
+        "shorten",
+        code="context_length_exceeded",
+    ),
+]
+
+COMPLETION_CASES = [
+    *COMMON_CASES,
+    case("prompt missing", {"prompt": None}, "prompt", "null", "a string"),
+    case(
+        "prompt of a wrong type",
+        {"prompt": {"text": "Hi"}},
+        "prompt",
+        "an object",
+        code="invalid_type",
+    ),
+    case("empty prompt", {"prompt": ""}, "prompt", "no tokens"),
+    case("no prompts", {"prompt": []}, "prompt", "at least 1"),
+    case("an empty one of several", {"prompt": ["Hi", ""]}, "prompt", "no tokens"),
+    case("empty token list", {"prompt": [[]]}, "prompt[0]", "at least 1"),
+    case("mixed prompt", {"prompt": [5, "Hi"]}, "prompt[1]", "'Hi'", "whole number"),
+    case("negative token", {"prompt": [-5]}, "prompt[0]", "-5", "at least 0"),
+    case("token outside the vocabulary", {"prompt": [[5], [300]]}, "prompt", "300", "below"),
+    case(
+        "prompt too long",
+        {"prompt": [5] * 256},
+        "prompt",
+        "256",
+        "shorten",
+        code="context_length_exceeded",
+    ),
+    case("too many sequences", {"prompt": ["Hi"] * 65, "n": 2}, "n", "130", "128"),
+    case("echo with logprobs", {"echo": True, "logprobs": 1}, "echo", "logprobs"),
+    case("suffix", {"suffix": "."}, "suffix", "not supported", code="unsupported_parameter"),
+    case("best_of", {"best_of": 2}, "best_of", "not supported", code="unsupported_parameter"),
+    case("too many alternatives", {"logprobs": 21}, "logprobs", "21", "at most 20"),
+    case("logprobs as truth", {"logprobs": True}, "logprobs", "true", "whole number"),
+]
+
+
+def check_refusal(
+    response: Any, status: int, param: str | None, code: str | None, words: tuple[str, ...]
+) -> None:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param, error
+    assert code is None or error["code"] == code, error
+    assert all(word in error["message"] for word in words), error["message"]
+    assert param is None or param.split("[")[0] in error["message"] or status == 404
+
+
+@pytest.mark.parametrize(("changes", "status", "param", "code", "words"), CHAT_CASES)
+def test_a_bad_chat_is_refused(
+    quiet_router: RunningRouter,
+    changes: dict[str, Any],
+    status: int,
+    param: str | None,
+    code: str | None,
+    words: tuple[str, ...],
+) -> None:
+    check_refusal(quiet_router.chat(**changes), status, param, code, words)
+
+
+@pytest.mark.parametrize(("changes", "status", "param", "code", "words"), COMPLETION_CASES)
+def test_a_bad_completion_is_refused(
+    quiet_router: RunningRouter,
+    changes: dict[str, Any],
+    status: int,
+    param: str | None,
+    code: str | None,
+    words: tuple[str, ...],
+) -> None:
+    check_refusal(quiet_router.complete(**changes), status, param, code, words)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        pytest.param(b"", "EOF", id="empty"),
+        pytest.param(b'{"model": "tiny"', "EOF", id="cut"),
+        pytest.param(b"{'model': 'tiny'}", "line 1 column 2", id="single quotes"),
+        pytest.param(b'{"model": "\xff"}', "not valid JSON", id="not UTF-8"),
+        pytest.param(b'{"model": "\\ud800"}', "not valid JSON", id="half a surrogate pair"),
+        pytest.param(b"[" * 100_000, "recursion limit", id="nested too deeply"),
+        pytest.param(b'{"seed": ' + b"9" * 5000 + b"}", "number out of range", id="endless number"),
+    ],
+)
+def test_a_body_that_is_not_json_is_refused(
+    quiet_router: RunningRouter, body: bytes, words: str
+) -> None:
+    response = quiet_router.http.post(
+        "/v1/completions", content=body, headers={"content-type": "application/json"}
+    )
+
+    check_refusal(response, 400, None, "invalid_json", (words,))
+
+
+@pytest.mark.parametrize("body", ["[]", '"Hi"', "null", "5"])
+def test_a_body_that_is_not_an_object_is_refused(quiet_router: RunningRouter, body: str) -> None:
+    response = quiet_router.http.post(
+        "/v1/completions", content=body, headers={"content-type": "application/json"}
+    )
+
+    check_refusal(response, 400, None, "invalid_type", ("a JSON object",))
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
+def test_a_number_that_is_none_is_refused(quiet_router: RunningRouter, number: str) -> None:
+    body = f'{{"model": "tiny", "prompt": "Hi", "temperature": {number}}}'
+
+    response = quiet_router.http.post(
+        "/v1/completions", content=body, headers={"content-type": "application/json"}
+    )
+
+    check_refusal(response, 400, "temperature", None, ("finite",))
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_a_body_of_another_type_is_refused(quiet_router: RunningRouter, content_type: str) -> None:
+    response = quiet_router.http.post(
+        "/v1/completions", content=json.dumps(COMPLETION), headers={"content-type": content_type}
+    )
+
+    check_refusal(response, 415, None, "unsupported_media_type", ("application/json",))
+
+
+@pytest.mark.parametrize(
+    ("headers", "changes", "param", "words"),
+    [
+        ({"X-ProServe-Priority": "vip"}, {}, "X-ProServe-Priority", ("'vip'", "high")),
+        ({"X-ProServe-TTFT-MS": "soon"}, {}, "X-ProServe-TTFT-MS", ("'soon'", "milliseconds")),
+        ({"X-ProServe-TTFT-MS": "-1"}, {}, "X-ProServe-TTFT-MS", ("'-1'", "above 0")),
+        ({"X-ProServe-TPOT-MS": "nan"}, {}, "X-ProServe-TPOT-MS", ("'nan'",)),
+        ({"X-ProServe-Priority": "low"}, {"priority": "high"}, "priority", ("'low'", "'high'")),
+        (
+            {"X-ProServe-TTFT-MS": "100"},
+            {"slo": {"ttft_ms": 200}},
+            "slo.ttft_ms",
+            ("100", "200", "X-ProServe-TTFT-MS"),
+        ),
+    ],
+)
+def test_a_bad_or_contradicting_header_is_refused(
+    quiet_router: RunningRouter,
+    headers: dict[str, str],
+    changes: dict[str, Any],
+    param: str,
+    words: tuple[str, ...],
+) -> None:
+    response = quiet_router.http.post("/v1/completions", json=COMPLETION | changes, headers=headers)
+
+    check_refusal(response, 400, param, None, words)
+
+
+def test_a_header_sent_twice_with_different_values_is_refused(
+    quiet_router: RunningRouter,
+) -> None:
+    response = quiet_router.http.post(
+        "/v1/completions",
+        json=COMPLETION,
+        headers=[("X-ProServe-Priority", "low"), ("X-ProServe-Priority", "high")],
+    )
+
+    check_refusal(response, 400, "X-ProServe-Priority", "contradiction", ("2 times",))
+
+
+def test_a_large_body_is_refused_by_its_announced_length(start_router: RouterFactory) -> None:
+    with start_router([("n", "http://127.0.0.1:1")], max_body_bytes=1000) as router:
+        response = router.complete(prompt="x" * 1000)
+
+        check_refusal(response, 413, None, "body_too_large", ("1,000 bytes",))
+
+
+def test_a_large_body_of_unknown_length_is_refused_while_it_comes(
+    start_router: RouterFactory,
+) -> None:
+    def endless() -> Iterator[bytes]:
+        for _ in range(100):
+            yield b"x" * 100
+
+    with start_router([("n", "http://127.0.0.1:1")], max_body_bytes=1000) as router:
+        response = router.http.post(
+            "/v1/completions", content=endless(), headers={"content-type": "application/json"}
+        )
+
+        assert "content-length" not in response.request.headers
+        check_refusal(response, 413, None, "body_too_large", ("1,000 bytes",))
+
+
+def test_the_largest_allowed_body_is_read(start_router: RouterFactory) -> None:
+    body = json.dumps(COMPLETION).encode()
+    with start_router([("n", "http://127.0.0.1:1")], max_body_bytes=len(body)) as router:
+        response = router.http.post(
+            "/v1/completions", content=body, headers={"content-type": "application/json"}
+        )
+
+        assert response.status_code == 503  # Read, understood, and there is no node.
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(start_router: RouterFactory) -> None:
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"content-length: 100\r\n\r\n{"
+    )
+    with (
+        start_router([("n", "http://127.0.0.1:1")], body_timeout_s=0.05) as router,
+        router.connect() as connection,
+    ):
+        connection.sendall(head)
+
+        assert connection.recv(65536).startswith(b"HTTP/1.1 408 ")
+
+
+def test_an_unknown_route_is_refused(quiet_router: RunningRouter) -> None:
+    response = quiet_router.http.post("/v1/embeddings", json={})
+
+    check_refusal(response, 404, None, "unknown_route", ("POST /v1/embeddings",))
+
+
+def test_a_wrong_method_is_refused(quiet_router: RunningRouter) -> None:
+    response = quiet_router.http.get("/v1/chat/completions")
+
+    check_refusal(response, 405, None, "method_not_allowed", ("GET /v1/chat/completions",))
+    assert response.headers["allow"] == "POST"
+
+
+def test_an_unknown_model_has_no_page(quiet_router: RunningRouter) -> None:
+    response = quiet_router.http.get("/v1/models/org/other")
+
+    check_refusal(response, 404, "model", "model_not_found", ("'org/other'", "'tiny'"))
+
+
+def test_null_counts_as_absent(quiet_router: RunningRouter) -> None:
+    nothing = dict.fromkeys(
+        ("temperature", "n", "stop", "tools", "logit_bias", "stream", "slo", "priority", "seed")
+    )
+
+    assert quiet_router.chat(**nothing).status_code == 200
+
+
+def test_harmless_values_of_unsupported_parameters_are_accepted(
+    quiet_router: RunningRouter,
+) -> None:
+    response = quiet_router.chat(
+        tools=[], tool_choice="none", response_format={"type": "text"}, store=False, logit_bias={}
+    )
+
+    assert response.status_code == 200
