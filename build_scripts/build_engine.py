@@ -1,0 +1,211 @@
+"""Turns a packaged checkpoint into an engine directory.
+
+    python -m build_scripts.build_engine configs/engines/smollm2-135m.yaml [--force]
+
+The directory holds
+
+    config.json              architecture, in Hugging Face's keys
+    model.safetensors        weights, in Hugging Face's names
+    tokenizer.json           and tokenizer_config.json, with the chat template
+    manifest.json            limits, checksums, versions and the latency profile
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from build_scripts.packaged_file import find_checkpoint
+from build_scripts.progress import WorkProgress, work_progress
+from build_scripts.recipe import EngineRecipe
+from build_scripts.staging import exclusive, staged
+from engines.manifest import (
+    MANIFEST_FILE,
+    EngineManifest,
+    FileEntry,
+    hash_files,
+    read_manifest,
+    write_manifest,
+)
+from orchestrator.core.errors import ConfigError, EngineDirectoryError, ProServeError
+from orchestrator.yaml_config import load_yaml_model
+
+if TYPE_CHECKING:
+    from build_scripts.gguf_checkpoint import GgufCheckpoint
+    from build_scripts.profile_engine import MeasuredProfile
+
+_CONTENT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+_PACKAGES = ("gguf", "numpy", "safetensors", "tokenizers", "torch")
+
+
+def build_engine(recipe_path: Path, output_dir: Path | None = None, *, force: bool = False) -> Path:
+    """Return the engine directory of a recipe, built unless it is already there.
+
+    A directory whose input is unchanged and whose files are whole is left alone, unless
+    `force`; a damaged one is built again. Other processes that build the same directory wait.
+
+    Raises:
+        ConfigError: the recipe, or what it names, cannot be used.
+        EngineDirectoryError: the output directory holds something that no build wrote.
+        EngineError: the engine that was built cannot be profiled.
+    """
+    console = Console(stderr=True)
+    recipe = load_yaml_model(recipe_path, EngineRecipe)
+    target = output_dir or recipe.output_dir or Path("built_engines") / recipe.name
+    source = find_checkpoint(recipe.source)
+    build_hash = recipe.build_hash(FileEntry.of(source).sha256)
+    with exclusive(target):
+        reason = "forced" if force else _reason_to_build(target, build_hash)
+        if reason is None:
+            console.print(f"{target} is up to date", highlight=False, soft_wrap=True)
+            return target
+        _check_replaceable(target)
+        console.print(f"Building {target} ({reason})", highlight=False, soft_wrap=True)
+        with staged(target) as staging, work_progress(console) as progress:
+            _build(recipe, source, staging, build_hash, progress)
+    console.print(f"{target} is ready", highlight=False, soft_wrap=True)
+    return target
+
+
+def _reason_to_build(target: Path, build_hash: str) -> str | None:
+    """Return why the directory has to be built; None if it is up to date."""
+    if not target.exists():
+        return "it does not exist"
+    try:
+        manifest = read_manifest(target)
+    except EngineDirectoryError as error:
+        return f"damaged: {error}"
+    return None if manifest.build_hash == build_hash else "its recipe or source has changed"
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise EngineDirectoryError(f"{target} is a file; choose another output directory")
+    foreign = sorted({p.name for p in target.iterdir()} - {*_CONTENT_FILES, MANIFEST_FILE})
+    if foreign:
+        raise EngineDirectoryError(
+            f"{target} holds {foreign[0]}, which no build wrote; remove it or choose another "
+            "output directory"
+        )
+
+
+def _build(
+    recipe: EngineRecipe, source: Path, staging: Path, build_hash: str, progress: WorkProgress
+) -> None:
+    # They need torch, which takes seconds to import: too long for a build that does nothing.
+    from build_scripts.gguf_checkpoint import GgufCheckpoint
+    from build_scripts.profile_engine import describe
+    from build_scripts.tokenizer_files import write_tokenizer_files
+
+    checkpoint = GgufCheckpoint(source)
+    config, vocabulary = checkpoint.config(), checkpoint.vocabulary()
+    if recipe.max_model_len > config.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len is {recipe.max_model_len}, the model was trained for "
+            f"{config.max_position_embeddings} tokens at most"
+        )
+    eos_token_ids = [vocabulary.eos_token_id]
+    for token in recipe.additional_eos_tokens:
+        if token not in vocabulary.tokens:
+            raise ConfigError(f"additional_eos_tokens: the model has no token {token!r}")
+        eos_token_ids.append(vocabulary.tokens.index(token))
+
+    config_text = json.dumps(
+        config.to_dict()
+        | {
+            "bos_token_id": vocabulary.bos_token_id,
+            "eos_token_id": eos_token_ids,
+            "dtype": "float32",
+        },
+        indent=2,
+    )
+    (staging / "config.json").write_text(config_text + "\n", encoding="utf-8")
+    write_tokenizer_files(staging, vocabulary, max_model_len=recipe.max_model_len)
+    _write_weights(checkpoint, staging, progress)
+    measured = _profile(recipe, staging, progress)
+    write_manifest(
+        staging,
+        EngineManifest(
+            model_name=recipe.name,
+            block_size_tokens=recipe.block_size_tokens,
+            max_model_len=recipe.max_model_len,
+            vocab_size=config.vocab_size,
+            bos_token_id=None,  # the checkpoint's add_bos_token is False
+            eos_token_ids=tuple(dict.fromkeys(eos_token_ids)),
+            weight_precision=f"float32, dequantised from {checkpoint.precision}",
+            created_with={name: importlib.metadata.version(name) for name in _PACKAGES},
+            build_hash=build_hash,
+            files=hash_files(staging, _CONTENT_FILES),
+            latency_profile=measured.profile,
+            profile_conditions=measured.conditions,
+        ),
+    )
+    progress.console.print(describe(measured), highlight=False, soft_wrap=True)
+
+
+def _write_weights(checkpoint: GgufCheckpoint, staging: Path, progress: WorkProgress) -> None:
+    """Write the dequantised weights as float32: scale times integer plus offset has more
+    digits than bfloat16 keeps, and every smaller precision can still be made at load."""
+    from safetensors.numpy import save_file
+
+    advance = progress.part("Reading weights", checkpoint.num_tensors)
+    tensors = {}
+    for name, values in checkpoint.tensors():
+        tensors[name] = values
+        advance(len(tensors))
+    path = staging / "model.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    # safetensors makes it readable for its owner alone; a service may run as someone else.
+    path.chmod((staging / "config.json").stat().st_mode)
+
+
+def _profile(recipe: EngineRecipe, staging: Path, progress: WorkProgress) -> MeasuredProfile:
+    """Profile the engine over the files that were just written, as serving will read them."""
+    from build_scripts.profile_engine import engine_options, profile_engine
+    from engines.torch_engine import TorchEngine
+    from engines.torch_engine.weights import read_config, read_tensors
+
+    config = read_config(staging)
+    engine = TorchEngine(
+        config,
+        read_tensors(staging),
+        engine_options(recipe.profile, max_model_len=recipe.max_model_len),
+        block_size_tokens=recipe.block_size_tokens,
+    )
+    try:
+        return profile_engine(
+            engine,
+            recipe.profile,
+            vocab_size=config.vocab_size,
+            on_progress=progress.part("Profiling", 1.0),
+        )
+    finally:
+        engine.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(description="Build an engine directory from a recipe.")
+    parser.add_argument("recipe", type=Path, help="YAML file, such as those in configs/engines")
+    parser.add_argument("--output-dir", type=Path, help="in place of the recipe's")
+    parser.add_argument("--force", action="store_true", help="build even if nothing has changed")
+    options = parser.parse_args(arguments)
+    try:
+        build_engine(options.recipe, options.output_dir, force=options.force)
+    except ProServeError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The paged KV cache in device memory: one tensor, in TensorRT-LLM's block layout.
+
+    [num_blocks, num_layers, 2 (K, V), num_kv_heads, block_size_tokens, head_dim]
+
+One logical block is contiguous over all layers and K and V, so moving a block is one copy.
+Attention addresses it as rows, without strides:
+
+    head row    block_size_tokens * head_dim numbers of one block, layer, K or V, and head
+    token row   head_dim numbers of one token in one head row
+
+Source: TensorRT-LLM's pool (`KVCacheManager`); rows of layer l are those of layer 0 plus a
+constant, as in its block offsets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """Shape of one block."""
+
+    num_layers: int
+    num_kv_heads: int
+    block_size_tokens: int
+    head_dim: int
+
+    def block_bytes(self, dtype: torch.dtype) -> int:
+        """Return the size of one block, over all layers, K and V."""
+        numbers_per_token = self.num_layers * 2 * self.num_kv_heads * self.head_dim
+        return numbers_per_token * self.block_size_tokens * dtype.itemsize
+
+    def head_rows(self, block_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return layer 0's head rows of a table of blocks.
+
+        `block_ids` is (num_requests, num_blocks). The result is (2, num_requests,
+        num_kv_heads, num_blocks): K and V outermost, and a head's blocks side by side, so that
+        the rows read in this order are K and V of shape (num_requests, num_kv_heads, tokens,
+        head_dim) without another copy.
+        """
+        key_value = np.arange(2)[:, None, None, None]
+        heads = np.arange(self.num_kv_heads)[None, None, :, None]
+        first = block_ids[None, :, None, :] * (self.num_layers * 2)
+        return (first + key_value) * self.num_kv_heads + heads
+
+    def token_rows(
+        self, block_ids: NDArray[np.int64], offsets: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Return layer 0's token rows, (num_tokens, 2, num_kv_heads).
+
+        Token i lies in block `block_ids[i]`, at place `offsets[i]` in it.
+        """
+        rows = self.head_rows(block_ids[:, None])[..., 0].transpose(1, 0, 2)
+        return rows * self.block_size_tokens + offsets[:, None, None]
+
+
+class KVPool:
+    """Device memory of all KV blocks of one engine. Who owns which block is the scheduler's
+    business; this class only reads and writes."""
+
+    def __init__(
+        self, layout: KVLayout, num_blocks: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        # Zeros, not empty: padding reads blocks nobody wrote, and 0 * NaN would spread.
+        self.blocks = torch.zeros(
+            num_blocks,
+            layout.num_layers,
+            2,
+            layout.num_kv_heads,
+            layout.block_size_tokens,
+            layout.head_dim,
+            dtype=dtype,
+            device=device,
+        )
+        self._head_rows = self.blocks.view(-1, layout.block_size_tokens * layout.head_dim)
+        self._token_rows = self.blocks.view(-1, layout.head_dim)
+
+    def write(self, layer: int, token_rows: torch.Tensor, key_value: torch.Tensor) -> None:
+        """Store new K and V, (num_tokens, 2, num_kv_heads, head_dim), at `layer`.
+
+        `token_rows` is `KVLayout.token_rows`, flattened.
+        """
+        layout = self.layout
+        first = layer * 2 * layout.num_kv_heads * layout.block_size_tokens
+        self._token_rows.index_copy_(0, token_rows + first, key_value.reshape(-1, layout.head_dim))
+
+    def read(self, layer: int, head_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return copies of K and V at `layer`, each (num_requests, num_kv_heads, tokens,
+        head_dim), with as many tokens as the table of blocks holds.
+
+        `head_rows` is `KVLayout.head_rows`.
+        """
+        layout = self.layout
+        _, num_requests, num_kv_heads, num_blocks = head_rows.shape
+        first = layer * 2 * layout.num_kv_heads
+        rows = self._head_rows.index_select(0, (head_rows + first).view(-1))
+        num_tokens = num_blocks * layout.block_size_tokens
+        key, value = rows.view(2, num_requests, num_kv_heads, num_tokens, layout.head_dim)
+        return key, value
