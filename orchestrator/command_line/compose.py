@@ -1,0 +1,80 @@
+"""Builds engines and schedulers from a node's configuration."""
+
+from __future__ import annotations
+
+from engines.manifest import MANIFEST_FILE, FileEntry, read_manifest
+from engines.torch_engine.engine import TorchEngine, TorchEngineOptions, kv_block_bytes
+from orchestrator.config import NodeConfig
+from orchestrator.core.baselines import FcfsScheduler
+from orchestrator.core.errors import ConfigError
+from orchestrator.core.latency import BatchLatencyModel
+from orchestrator.core.ports import EngineCapabilities, Scheduler
+from orchestrator.core.slide_batching import SlideBatchingScheduler
+from orchestrator.executor_process import LoadedEngine
+
+
+def load_engine(config: NodeConfig) -> LoadedEngine:
+    """Return the node's engine, loaded and verified, under its scheduler.
+
+    Raises:
+        EngineDirectoryError: the engine directory is missing or damaged.
+        ConfigError: the directory cannot be served with these settings.
+    """
+    section = config.engine
+    manifest = read_manifest(section.directory)
+    max_model_len = config.max_model_len or manifest.max_model_len
+    if max_model_len > manifest.max_model_len:
+        raise ConfigError(
+            f"max_model_len is {max_model_len:,}, engine directory {section.directory} was built "
+            f"for {manifest.max_model_len:,}; lower it or build the engine for more"
+        )
+    engine = TorchEngine.load(
+        section.directory,
+        TorchEngineOptions(
+            device=section.device,
+            dtype=section.dtype,
+            num_device_blocks=_num_device_blocks(config, manifest.block_size_tokens),
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+            num_threads=section.num_threads,
+        ),
+    )
+    model = BatchLatencyModel(manifest.latency_profile)
+    return LoadedEngine(
+        engine=engine,
+        scheduler=make_scheduler(config, engine.capabilities, model),
+        model=manifest.model_name,
+        latency_profile=manifest.latency_profile,
+        manifest_sha256=FileEntry.of(section.directory / MANIFEST_FILE).sha256,
+    )
+
+
+def make_scheduler(
+    config: NodeConfig, capabilities: EngineCapabilities, model: BatchLatencyModel
+) -> Scheduler:
+    """Return the scheduler that the configuration names.
+
+    Raises:
+        ConfigError: its parameters do not go together with the engine's limits.
+    """
+    try:
+        match config.scheduler:
+            case "slide-batching":
+                return SlideBatchingScheduler(capabilities, model, config.slide_batching)
+            case "fcfs":
+                return FcfsScheduler(capabilities, model)
+    except ValueError as error:
+        raise ConfigError(f"scheduler {config.scheduler}: {error}") from error
+
+
+def _num_device_blocks(config: NodeConfig, block_size_tokens: int) -> int:
+    section = config.engine
+    block_bytes = kv_block_bytes(section.directory, section.dtype)
+    num_blocks = section.device_kv_bytes // block_bytes
+    if num_blocks == 0:
+        raise ConfigError(
+            f"engine.device_kv_bytes is {section.device_kv_bytes:,}, one KV block of "
+            f"{block_size_tokens} tokens takes {block_bytes:,}; give the engine at least that"
+        )
+    return num_blocks

@@ -1,0 +1,21 @@
+"""Entry point of the executor process; the node's HTTP process starts it."""
+
+from __future__ import annotations
+
+import sys
+
+from orchestrator.command_line.compose import load_engine
+from orchestrator.command_line.logs import configure_logging
+from orchestrator.config import NodeConfig
+from orchestrator.executor_process import run_executor
+
+
+def main() -> int:
+    """Run `CONFIG_JSON ADDRESS`: a NodeConfig, and the socket of the HTTP process."""
+    config = NodeConfig.model_validate_json(sys.argv[1])
+    configure_logging(component=f"{config.endpoint_id} executor")
+    return run_executor(sys.argv[2], lambda: load_engine(config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""The `proserve` command."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from orchestrator.core.errors import ProServeError
+
+app = typer.Typer(
+    name="proserve",
+    help="Serve language models by service gain: tokens in time, weighted by priority.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file.", metavar="FILE")]
+DieWithParent = Annotated[
+    bool, typer.Option("--die-with-parent", help="End when the starting process ends.", hidden=True)
+]
+
+
+@app.command()
+def serve(
+    file: ConfigFile,
+    start_timeout_s: Annotated[
+        float, typer.Option(help="Seconds until all services must be healthy.")
+    ] = 180.0,
+) -> None:
+    """Start the router and the nodes of a deployment file; Ctrl-C stops them."""
+    from orchestrator.command_line.deployment import DeploymentConfig
+    from orchestrator.command_line.serve import serve as run
+    from orchestrator.yaml_config import load_yaml_model
+
+    config = load_yaml_model(file, DeploymentConfig)
+    raise typer.Exit(asyncio.run(run(config, start_timeout_s=start_timeout_s, console=console)))
+
+
+@app.command()
+def node(file: ConfigFile, *, die_with_parent: DieWithParent = False) -> None:
+    """Run one node: an engine behind an executor loop and an HTTP service."""
+    from orchestrator.command_line import processes
+    from orchestrator.command_line.logs import configure_logging
+    from orchestrator.config import NodeConfig
+    from orchestrator.node_api import NodeService, create_node_app
+    from orchestrator.yaml_config import load_yaml_model
+
+    if die_with_parent:
+        processes.die_with_parent()
+    config = load_yaml_model(file, NodeConfig)
+    configure_logging(component=config.endpoint_id)
+    executor = (sys.executable, "-m", "orchestrator.command_line.executor")
+    service = NodeService(
+        config.endpoint_id,
+        (*executor, config.model_dump_json()),
+        stall_timeout_s=config.stall_timeout_s,
+    )
+    raise typer.Exit(
+        processes.serve_http(create_node_app(service), host=config.host, port=config.port)
+    )
+
+
+@app.command()
+def router(file: ConfigFile, *, die_with_parent: DieWithParent = False) -> None:
+    """Run one router: the OpenAI-compatible service in front of the nodes."""
+    from orchestrator.command_line import processes
+    from orchestrator.command_line.logs import configure_logging
+    from orchestrator.yaml_config import load_yaml_model
+    from router.app import create_app
+    from router.config import RouterConfig
+
+    if die_with_parent:
+        processes.die_with_parent()
+    config = load_yaml_model(file, RouterConfig)
+    configure_logging(component="router")
+    raise typer.Exit(processes.serve_http(create_app(config), host=config.host, port=config.port))
+
+
+@app.command()
+def build(
+    recipe: Annotated[Path, typer.Argument(help="Recipe YAML.", metavar="RECIPE")],
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Engine directory to make instead of the recipe's.")
+    ] = None,
+    *,
+    force: Annotated[bool, typer.Option(help="Build even if nothing has changed.")] = False,
+) -> None:
+    """Turn a model into a prebuilt engine directory; unchanged input is a no-op."""
+    from build_scripts.build_engine import build_engine
+
+    build_engine(recipe, output_dir, force=force)
+
+
+@app.command()
+def chat(
+    url: Annotated[str, typer.Option(help="Address of the service.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Model; by default the only one.")] = None,
+    priority: Annotated[str | None, typer.Option(help="Service class of each turn.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+) -> None:
+    """Chat with a running service in the terminal; shows TTFT and tokens/s."""
+    from orchestrator.command_line.chat import ChatOptions
+    from orchestrator.command_line.chat import chat as talk
+
+    talk(ChatOptions(url, model, priority, max_tokens, temperature), console)
+
+
+def main() -> None:
+    """Run the command line; errors of ours become one line and exit status 2."""
+    try:
+        app()
+    except ProServeError as error:
+        Console(stderr=True).print(f"[bold red]proserve:[/] {error}", highlight=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

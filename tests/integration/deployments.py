@@ -1,0 +1,141 @@
+"""Real deployments for tests: `proserve serve` in a process of its own, on free ports."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+START_TIMEOUT_S = 100.0
+WAIT_S = 60.0
+"""Upper bound of every wait; reached only if something hangs."""
+
+
+@dataclass
+class Deployment:
+    """A running deployment."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    node_urls: Sequence[str]
+    log: Path
+
+    def node_metric(self, name: str, *, node: int = 0) -> float:
+        """Return one sample of a node's /metrics; `name` includes its labels."""
+        text = httpx.get(f"{self.node_urls[node]}/metrics").text
+        (line,) = [line for line in text.splitlines() if line.startswith(f"{name} ")]
+        return float(line.split()[-1])
+
+    def children(self) -> list[int]:
+        """Return the ids of all processes below the command, deepest first."""
+        return _descendants(self.process.pid)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def write_deployment(
+    directory: Path,
+    engine_dir: Path,
+    *,
+    num_nodes: int = 1,
+    node: Mapping[str, Any] | None = None,
+    engine: Mapping[str, Any] | None = None,
+    router: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a deployment file with generous objectives; return its path."""
+    content = {
+        "router": {"port": free_port()} | dict(router or {}),
+        "nodes": [
+            {
+                "endpoint_id": f"node-{index}",
+                "port": free_port(),
+                "engine": {"directory": str(engine_dir), "device_kv_bytes": "512MiB"}
+                | dict(engine or {}),
+            }
+            | dict(node or {})
+            for index in range(num_nodes)
+        ],
+    }
+    path = directory / "deployment.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@contextlib.contextmanager
+def running(path: Path) -> Iterator[Deployment]:
+    """Start `proserve serve PATH`, wait until it is healthy, and stop it at the end."""
+    content = yaml.safe_load(path.read_text())
+    log = path.with_suffix(".log")
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "orchestrator.command_line.main", "serve", str(path)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        )
+    deployment = Deployment(
+        process,
+        url=f"http://127.0.0.1:{content['router']['port']}",
+        node_urls=[f"http://127.0.0.1:{node['port']}" for node in content["nodes"]],
+        log=log,
+    )
+    try:
+        until(lambda: _is_healthy(deployment), "the deployment is healthy", START_TIMEOUT_S)
+        yield deployment
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(WAIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+
+
+def until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
+    """Return when the condition holds; fail after `timeout_s`."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"waited in vain until {what}"
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether the process runs; a zombie does not."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+def _is_healthy(deployment: Deployment) -> bool:
+    assert deployment.process.poll() is None, deployment.log.read_text()
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{deployment.url}/health").status_code == httpx.codes.OK
+    return False
+
+
+def _descendants(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    found: list[int] = []
+    for child in map(int, children):
+        found += [*_descendants(child), child]
+    return found

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestrator.command_line.config_reference import description, fields_of, models, render
+from orchestrator.command_line.deployment import DeploymentConfig
+from orchestrator.config import SlideBatchingSection
+from orchestrator.yaml_config import load_yaml_model
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_the_page_is_what_the_models_say() -> None:
+    page = (ROOT / "docs/configuration.md").read_text()
+
+    assert page == render(), "run: python -m orchestrator.command_line.config_reference > docs/..."
+
+
+def test_every_field_of_every_model_is_documented() -> None:
+    undocumented = [
+        f"{model.__name__}.{name}"
+        for model in models()
+        for name in fields_of(model)
+        if not description(model, name)
+    ]
+
+    assert SlideBatchingSection in models()
+    assert undocumented == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/deployments").glob("*.yaml")))
+def test_shipped_deployments_are_valid(path: Path) -> None:
+    config = load_yaml_model(path, DeploymentConfig)
+
+    assert len(config.nodes) == len(yaml.safe_load(path.read_text())["nodes"])
