@@ -67,7 +67,6 @@ class KVPool:
         self, layout: KVLayout, num_blocks: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.layout = layout
-        self.num_blocks = num_blocks
         # Zeros, not empty: padding reads blocks nobody wrote, and 0 * NaN would spread.
         self.blocks = torch.zeros(
             num_blocks,

@@ -45,8 +45,8 @@ PLAIN_PROMPTS = (
     "Q: What is 12 * 12?\nA:",
     "# Installation\n\nFirst, install the package:\n\n```bash\n",
     "    \n\n\t  indented    text   with   spaces",
-    "It was the best of times, it was the worst of times, it was the age of wisdom, " * 8,
-    "The quick brown fox jumps over the lazy dog. " * 40,
+    "It was the best of times, it was the worst of times, it was the age of wisdom, " * 4,
+    "The quick brown fox jumps over the lazy dog. " * 18,
 )
 
 
@@ -121,7 +121,7 @@ def test_there_are_twenty_prompts_from_one_token_to_hundreds(
 
     assert len(lengths) == 20
     assert lengths[0] == 1
-    assert lengths[-1] > 300
+    assert lengths[-1] > 150
 
 
 def test_tokens_alone_are_those_of_hugging_face(
