@@ -68,6 +68,8 @@ class ExecutorServer:
         self._seq_no = 0
         self._is_stopping = False
         self._parent_pid = os.getppid()
+        # First, so that a node that calls itself ready can say what it holds.
+        self._send(self._load_report(self._loop.load()))
         self._send(
             EngineReady(
                 model=loaded.model,

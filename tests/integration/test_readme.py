@@ -50,7 +50,11 @@ def test_the_two_commands_come_first() -> None:
 def test_make_test_is_the_command_that_runs_this() -> None:
     """It cannot be run inside itself; that it would run pytest here is what can be shown."""
     plan = subprocess.run(
-        ["make", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--dry-run", "--no-print-directory", "test"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
 
     assert plan.stdout.splitlines()[-1].startswith(".venv/bin/python -m pytest")
