@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from orchestrator.core.baselines import SarathiOptions
+from orchestrator.core.deadline_scheduler import DeadlineOptions
+from orchestrator.core.scheduler_factory import SchedulerName, SchedulerOptions, options_type
 from orchestrator.core.slide_batching import SlideBatchingOptions
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -16,9 +19,22 @@ EndpointId = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?
 _STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-@pydantic_dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True), frozen=True)
+_STRICT_DATACLASS = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+@pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
 class SlideBatchingSection(SlideBatchingOptions):
-    """SlideBatching's parameters; see `SlideBatchingOptions`."""
+    """Parameters of the scheduler `slide-batching`."""
+
+
+@pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
+class DeadlineSection(DeadlineOptions):
+    """Parameters of the other schedulers with a time budget."""
+
+
+@pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
+class SarathiSection(SarathiOptions):
+    """Parameters of the schedulers with a token budget."""
 
 
 class TorchEngineConfig(BaseModel):
@@ -62,11 +78,18 @@ class NodeConfig(BaseModel):
     engine: TorchEngineConfig
     """The engine and its resources."""
 
-    scheduler: Literal["slide-batching", "fcfs"] = "slide-batching"
-    """What decides the content of each step."""
+    scheduler: SchedulerName = "slide-batching"
+    """What decides the content of each step; all but the first are there to compare with."""
 
-    slide_batching: SlideBatchingSection = SlideBatchingSection()
-    """Parameters of the slide-batching scheduler."""
+    slide_batching: SlideBatchingSection | None = None
+    """Parameters of `slide-batching`."""
+
+    deadline: DeadlineSection | None = None
+    """Parameters of `fair-batching`, `edf`, `sjf`, `density`, `decode-first-edf`,
+    `decode-first-density` and `urgency-priority`."""
+
+    sarathi: SarathiSection | None = None
+    """Parameters of `sarathi-fcfs`, `sarathi-priority`, `weighted-vtc` and `strict-priority`."""
 
     max_num_batched_tokens: PositiveInt = 2048
     """New tokens in one step, over all requests."""
@@ -79,3 +102,20 @@ class NodeConfig(BaseModel):
 
     stall_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """An engine silent for this long counts as unhealthy until it speaks again."""
+
+    def scheduler_options(self) -> SchedulerOptions | None:
+        """Return the section of the chosen scheduler; None for its defaults."""
+        return self.slide_batching or self.deadline or self.sarathi
+
+    @model_validator(mode="after")
+    def _check_sections(self) -> Self:
+        expected = options_type(self.scheduler)
+        sections = {"slide_batching": self.slide_batching, "deadline": self.deadline,
+                    "sarathi": self.sarathi}  # fmt: skip
+        for name, section in sections.items():
+            # SlideBatching's options are deadline options and more, so the type must be exact.
+            if section is not None and (
+                expected is None or type(section).__mro__[1] is not expected
+            ):
+                raise ValueError(f"{name} is set, but scheduler {self.scheduler} does not read it")
+        return self

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from orchestrator.core.errors import EngineError, NodeUnavailable
+from orchestrator.core.latency_correction import StepErrors
 from orchestrator.core.ports import (
     Clock,
     Engine,
@@ -51,6 +52,9 @@ class StepFigures:
 
     load: SchedulerLoad
     """After the step."""
+
+    errors: tuple[StepErrors, ...]
+    """Of recent predictions, this one included."""
 
 
 class ExecutorLoop:
@@ -119,7 +123,8 @@ class ExecutorLoop:
             self._emit(events)
         if plan.scheduled:
             schedule_s = (planned_s - started_s) + (self._clock.now_s() - stepped_s)
-            self._report(StepFigures(plan, output, schedule_s, self._scheduler.load()))
+            load, errors = self._scheduler.load(), self._scheduler.step_errors()
+            self._report(StepFigures(plan, output, schedule_s, load, errors))
 
     def _run_engine(self, plan: SchedulerOutput) -> StepOutput:
         """Step the engine; an exception of any kind ends this step's requests, not the loop."""

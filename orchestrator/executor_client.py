@@ -108,6 +108,11 @@ class ExecutorClient:
             return f"the engine has said nothing for {silent_s:.1f} s"
         return None
 
+    @property
+    def has_failed(self) -> bool:
+        """True if the engine will never serve again."""
+        return self._failure is not None
+
     async def __aenter__(self) -> Self:
         directory = self._exit_stack.enter_context(tempfile.TemporaryDirectory(prefix="proserve-"))
         address = f"ipc://{Path(directory) / 'executor.sock'}"
@@ -131,7 +136,7 @@ class ExecutorClient:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._end_streams("the node is shutting down")
+        self.end_streams("the node is shutting down")
         await self._exit_stack.aclose()
 
     async def wait_until_loaded(self) -> None:
@@ -211,14 +216,15 @@ class ExecutorClient:
         """Turn unhealthy for good and end every open stream with an error."""
         if self._failure is None:
             logger.error("engine lost", reason=reason, num_open_requests=len(self._streams))
-            self._end_streams(reason)
+            self.end_streams(reason)
 
-    def _end_streams(self, reason: str) -> None:
+    def end_streams(self, reason: str) -> None:
+        """End every open stream as lost and refuse new ones for good."""
         self._failure = reason
         self._first_word.set()
         for request_id, queue in self._streams.items():
             queue.put_nowait(
-                RequestEvent(request_id, finish_reason=FinishReason.ERROR, error=reason)
+                RequestEvent(request_id, finish_reason=FinishReason.LOST, error=reason)
             )
 
     async def _end_process(self) -> None:

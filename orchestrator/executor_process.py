@@ -11,6 +11,7 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import assert_never
 
 import msgspec
 import zmq
@@ -103,17 +104,11 @@ class ExecutorServer:
             case AddRequest(spec, arrival_s):
                 try:
                     self._loop.add(spec, arrival_s)
-                except (RequestRejected, NodeUnavailable) as error:
-                    # The HTTP process checks first; this is for what changed in between.
-                    self._emit(
-                        [
-                            RequestEvent(
-                                spec.request_id,
-                                finish_reason=FinishReason.ERROR,
-                                error=str(error),
-                            )
-                        ]
-                    )
+                # The HTTP process checks first; this is for what changed in between.
+                except RequestRejected as error:
+                    self._refuse(spec.request_id, FinishReason.ERROR, error)
+                except NodeUnavailable as error:
+                    self._refuse(spec.request_id, FinishReason.LOST, error)
             case AbortRequest(request_id):
                 self._loop.abort(request_id)
             case Drain():
@@ -121,7 +116,10 @@ class ExecutorServer:
             case Shutdown():
                 self._is_stopping = True
             case _:
-                self._send(self._load_report(self._loop.load()))
+                assert_never(command)
+
+    def _refuse(self, request_id: str, reason: FinishReason, error: ProServeError) -> None:
+        self._emit([RequestEvent(request_id, finish_reason=reason, error=str(error))])
 
     def _emit(self, events: Sequence[RequestEvent]) -> None:
         self._send(Events(tuple(events)))
@@ -146,13 +144,14 @@ class ExecutorServer:
                 num_skipped=len(plan.reasons.skipped),
                 num_urgent=plan.reasons.num_urgent,
                 num_normal=plan.reasons.num_normal,
+                errors=figures.errors,
                 load=self._load_report(figures.load),
             )
         )
 
     def _load_report(self, load: SchedulerLoad) -> LoadReport:
         self._seq_no += 1
-        return LoadReport(seq_no=self._seq_no, load=load, is_draining=self._loop.is_draining)
+        return LoadReport(seq_no=self._seq_no, load=load)
 
     def _send(self, message: ExecutorMessage) -> None:
         self._socket.send(self._encoder.encode(message))

@@ -70,6 +70,13 @@ class NodeMetrics:
             registry=registry,
             buckets=_ERROR_BUCKETS,
         )
+        self._overrun = Gauge(
+            "proserve_node_step_overrun_ratio",
+            "Quantiles of (measured - predicted) / predicted step duration over the last steps "
+            "of a batch class: positive where steps took longer than predicted.",
+            ["class", "quantile"],
+            registry=registry,
+        )
         self._schedule_s = Histogram(
             "proserve_node_schedule_seconds",
             "Time a step spends on planning and accounting.",
@@ -97,6 +104,9 @@ class NodeMetrics:
         self._schedule_s.observe(report.schedule_s)
         self._urgent.set(report.num_urgent)
         self._normal.set(report.num_normal)
+        for errors in report.errors:
+            for name, value in (("0.5", errors.p50), ("0.9", errors.p90), ("0.99", errors.p99)):
+                self._overrun.labels(errors.batch_class.value, name).set(value)
         if report.step_s > 0:  # 0: the step failed and was not measured
             self._step_s.observe(report.step_s)
             self._step_error.observe((report.predicted_step_s - report.step_s) / report.step_s)

@@ -130,6 +130,7 @@ def create_node_app(service: NodeService) -> FastAPI:
             yield
 
     app = FastAPI(title="ProServe node", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.end_open_requests = lambda: service.executor.end_streams("the node is shutting down")
 
     @app.exception_handler(RequestRejected)
     async def rejected(_: Request, error: RequestRejected) -> Response:
@@ -184,7 +185,8 @@ def create_node_app(service: NodeService) -> FastAPI:
     async def health() -> Response:
         trouble = service.executor.trouble
         if trouble is not None:
-            return _error(HTTPStatus.SERVICE_UNAVAILABLE, trouble)
+            body = ErrorBody(trouble, is_final=service.executor.has_failed)
+            return _json(body, HTTPStatus.SERVICE_UNAVAILABLE)
         return _json({"status": "draining" if service.executor.is_draining else "ready"})
 
     @app.get("/metrics")

@@ -22,6 +22,7 @@ import math
 import msgspec
 
 from orchestrator.core.latency import LatencyProfile
+from orchestrator.core.latency_correction import StepErrors
 from orchestrator.core.ports import EngineCapabilities, RequestEvent, SchedulerLoad, TokenLogprobs
 from orchestrator.core.request import FinishReason, RequestSpec, SamplingParams
 from orchestrator.core.slo import Slo
@@ -76,6 +77,9 @@ class ErrorBody(msgspec.Struct, frozen=True, omit_defaults=True):
     field: str | None = None
     """The request field at fault, if it was one."""
 
+    is_final: bool = False
+    """True if waiting will not help: the engine could not be loaded, or is gone."""
+
 
 class NodeDescription(msgspec.Struct, frozen=True):
     """Body of GET /v1/node; does not change while the node lives."""
@@ -122,15 +126,11 @@ class Drain(msgspec.Struct, frozen=True, tag=True):
     """Refuse new requests from now on."""
 
 
-class TakeSnapshot(msgspec.Struct, frozen=True, tag=True):
-    """Send a LoadReport now."""
-
-
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Abort everything and exit."""
 
 
-Command = AddRequest | AbortRequest | Drain | TakeSnapshot | Shutdown
+Command = AddRequest | AbortRequest | Drain | Shutdown
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag=True):
@@ -161,7 +161,6 @@ class LoadReport(msgspec.Struct, frozen=True, tag=True):
     """Grows with each report."""
 
     load: SchedulerLoad
-    is_draining: bool
 
 
 class StepReport(msgspec.Struct, frozen=True, tag=True):
@@ -180,6 +179,9 @@ class StepReport(msgspec.Struct, frozen=True, tag=True):
     num_skipped: int
     num_urgent: int
     num_normal: int
+    errors: tuple[StepErrors, ...]
+    """Of recent predictions, for each batch class seen so far."""
+
     load: LoadReport
 
 

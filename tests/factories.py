@@ -60,6 +60,7 @@ def make_request(
     tpot_s: float = 0.050,
     arrival_s: float = 0.0,
     num_output_tokens: int = 0,
+    client_id: str = "",
     stop_token_ids: tuple[int, ...] = (),
     sampling: SamplingParams | None = None,
 ) -> Request:
@@ -77,6 +78,7 @@ def make_request(
             priority_class="normal",
             weight=weight,
             slo=Slo(ttft_s=ttft_s, tpot_s=tpot_s),
+            client_id=client_id,
         ),
         arrival_s=arrival_s,
     )

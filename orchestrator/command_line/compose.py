@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from engines.manifest import MANIFEST_FILE, FileEntry, read_manifest
+import structlog
+
+from engines.manifest import MANIFEST_FILE, FileEntry, ProfileConditions, read_manifest
 from engines.torch_engine.engine import TorchEngine, TorchEngineOptions, kv_block_bytes
 from orchestrator.config import NodeConfig
-from orchestrator.core.baselines import FcfsScheduler
 from orchestrator.core.errors import ConfigError
 from orchestrator.core.latency import BatchLatencyModel
 from orchestrator.core.ports import EngineCapabilities, Scheduler
-from orchestrator.core.slide_batching import SlideBatchingScheduler
+from orchestrator.core.scheduler_factory import make_scheduler
 from orchestrator.executor_process import LoadedEngine
+
+logger = structlog.get_logger(__name__)
 
 
 def load_engine(config: NodeConfig) -> LoadedEngine:
@@ -21,7 +24,8 @@ def load_engine(config: NodeConfig) -> LoadedEngine:
         ConfigError: the directory cannot be served with these settings.
     """
     section = config.engine
-    manifest = read_manifest(section.directory)
+    manifest = read_manifest(section.directory, verify_files=False)  # the engine verifies them
+    _warn_of_foreign_profile(config, manifest.profile_conditions)
     max_model_len = config.max_model_len or manifest.max_model_len
     if max_model_len > manifest.max_model_len:
         raise ConfigError(
@@ -43,27 +47,30 @@ def load_engine(config: NodeConfig) -> LoadedEngine:
     model = BatchLatencyModel(manifest.latency_profile)
     return LoadedEngine(
         engine=engine,
-        scheduler=make_scheduler(config, engine.capabilities, model),
+        scheduler=_make_scheduler(config, engine.capabilities, model),
         model=manifest.model_name,
         latency_profile=manifest.latency_profile,
         manifest_sha256=FileEntry.of(section.directory / MANIFEST_FILE).sha256,
     )
 
 
-def make_scheduler(
+def _warn_of_foreign_profile(config: NodeConfig, measured: ProfileConditions) -> None:
+    section = config.engine
+    if (section.device, section.dtype) != (measured.device, measured.dtype):
+        logger.warning(
+            "the latency profile was measured elsewhere; deadlines will be judged wrongly",
+            measured_on=f"{measured.device} in {measured.dtype}",
+            serving_on=f"{section.device} in {section.dtype}",
+            way_out=f"python -m build_scripts.profile_engine {section.directory} "
+            f"--device {section.device} --dtype {section.dtype}",
+        )
+
+
+def _make_scheduler(
     config: NodeConfig, capabilities: EngineCapabilities, model: BatchLatencyModel
 ) -> Scheduler:
-    """Return the scheduler that the configuration names.
-
-    Raises:
-        ConfigError: its parameters do not go together with the engine's limits.
-    """
     try:
-        match config.scheduler:
-            case "slide-batching":
-                return SlideBatchingScheduler(capabilities, model, config.slide_batching)
-            case "fcfs":
-                return FcfsScheduler(capabilities, model)
+        return make_scheduler(config.scheduler, config.scheduler_options(), capabilities, model)
     except ValueError as error:
         raise ConfigError(f"scheduler {config.scheduler}: {error}") from error
 

@@ -1,19 +1,24 @@
 """What all schedulers share: requests, KV blocks, filling a step, preemption, accounting.
 
-A scheduler differs from another by its order, its time budget and whom it may preempt.
+A scheduler differs from another by its ranking, the rules of a step, and whom it may preempt.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from orchestrator.core.admission import check_request
 from orchestrator.core.errors import KVIntegrityError, RequestRejected
 from orchestrator.core.kv_cache import KVCacheManager
-from orchestrator.core.latency import BatchLatencyModel
+from orchestrator.core.latency import BatchLatencyModel, BatchShape
+from orchestrator.core.latency_correction import StepErrors
 from orchestrator.core.ports import (
     EngineCapabilities,
     RequestEvent,
@@ -23,76 +28,95 @@ from orchestrator.core.ports import (
     StepOutput,
 )
 from orchestrator.core.request import FinishReason, Request, RequestStatus
-from orchestrator.core.step_builder import StepBuilder
+from orchestrator.core.request_table import Floats, Indices, RankOrder, RequestTable
+from orchestrator.core.slo import DeadlineAnchor
+from orchestrator.core.step_builder import StepBuilder, StepRules, is_decode_step
 
 
 @dataclass(frozen=True, slots=True)
-class ScheduleOrder:
-    """Who goes first in one step, and how long the step may take."""
+class Ranking:
+    """Who goes first in one step, and what the step may hold. Arrays are by table row."""
 
-    requests: Sequence[Request]
-    """Every live request, most important first."""
+    group: NDArray[Any]
+    """Lower groups go first."""
 
-    budget_s: float
+    key: Floats
+    """Lower goes first inside a group; ties by arrival, then id."""
+
+    rules: StepRules
     load_s: float = 0.0
     num_urgent: int = 0
     starved_ids: frozenset[str] = field(default_factory=frozenset)
 
 
 class BatchScheduler(ABC):
-    """Implements `core.ports.Scheduler` around an order that subclasses decide."""
+    """Implements `core.ports.Scheduler` around a ranking that subclasses decide."""
 
     def __init__(
         self,
         capabilities: EngineCapabilities,
         model: BatchLatencyModel,
         *,
-        min_chunk_tokens: int = 0,
+        anchor: DeadlineAnchor = DeadlineAnchor.FIXED,
         scan_limit: int = 64,
     ) -> None:
-        if min_chunk_tokens >= capabilities.max_num_batched_tokens:
-            raise ValueError(
-                f"min_chunk_tokens is {min_chunk_tokens}, it must be below max_num_batched_tokens "
-                f"({capabilities.max_num_batched_tokens}), or no long prompt could ever start"
-            )
+        """`anchor` is what later tokens' deadlines are counted from; at most `scan_limit`
+        requests are passed over in one step because they do not fit. `model` is only read: what
+        the scheduler learns from its steps stays in a copy of its own."""
         self._capabilities = capabilities
-        self._model = model
-        self._min_chunk_tokens = min_chunk_tokens
+        self._model = model.fresh()
         self._scan_limit = scan_limit
         self._kv = KVCacheManager(
             num_device_blocks=capabilities.num_device_blocks,
             block_size_tokens=capabilities.block_size_tokens,
         )
-        self._requests: dict[str, Request] = {}
+        self._table = RequestTable(anchor)
         self._finished_ids: list[str] = []
         self._next_step_id = 0
 
     @abstractmethod
-    def _order(self, now_s: float) -> ScheduleOrder:
-        """Return the order and the budget of the next step."""
+    def _rank(self, now_s: float) -> Ranking:
+        """Return the ranking of all rows of the table, which has at least one."""
 
     @abstractmethod
-    def _may_preempt(self, candidate: Request, victim: Request, now_s: float) -> bool:
-        """Return whether `victim`, ranked after `candidate`, may lose its blocks to it."""
+    def _standing(self, request: Request) -> tuple[float, ...]:
+        """Return how strong a request's claim to KV blocks is; lower is stronger, ties by
+        arrival, then id.
 
-    def _spent(self, request: Request, cost_s: float) -> None:
-        """Learn that a part was scheduled; for schedulers that keep accounts."""
+        It must not change while the request lives. Only weaker requests lose blocks to
+        stronger ones, so no two ever take turns in throwing each other out, and the strongest
+        always gets on.
+        """
+
+    def _may_claim(self, request: Request, now_s: float) -> bool:
+        """Return whether a request may take others' blocks at all now."""
+        return True
+
+    def _on_prefill(self, request: Request, num_new_tokens: int, cost_s: float) -> None:
+        """Learn that a prefill piece was scheduled; for schedulers that keep accounts."""
+
+    def _on_output(self, request: Request, num_new_tokens: int) -> None:
+        """Learn that tokens were produced; for schedulers that keep accounts."""
+
+    def _on_arrival(self, request: Request) -> None:
+        """Learn of a new request, before it is in the table; for schedulers that keep accounts."""
 
     @final
     def add_request(self, request: Request) -> None:
         """Take in a new request. See `core.ports.Scheduler`."""
         check_request(request.spec, self._capabilities)
-        if request.request_id in self._requests:
+        if request.request_id in self._table:
             raise RequestRejected(
                 f"request id {request.request_id!r} is already in use on this node",
                 field="request_id",
             )
-        self._requests[request.request_id] = request
+        self._on_arrival(request)
+        self._table.add(request)
 
     @final
     def abort_request(self, request_id: str) -> RequestEvent | None:
         """End a request and free its blocks; None if it is unknown or has already ended."""
-        request = self._requests.get(request_id)
+        request = self._table.get(request_id)
         if request is None:
             return None
         self._finish(request)
@@ -101,147 +125,242 @@ class BatchScheduler(ABC):
     @final
     def schedule(self, now_s: float) -> SchedulerOutput:
         """Plan the next step. See `core.ports.Scheduler`."""
-        order = self._order(now_s)
-        step = StepBuilder(
-            self._model,
-            self._capabilities,
-            budget_s=order.budget_s,
-            min_chunk_tokens=self._min_chunk_tokens,
-        )
-        preempted_ids: list[str] = []
+        if not self.has_requests:
+            return self._plan(None, (), _NOTHING_TO_DO)
+        ranking = self._rank(now_s)
+        step = StepBuilder(self._model, self._capabilities, ranking.rules)
+        order = RankOrder(self._table, ranking.group, ranking.key)
+        preempted_ids: set[str] = set()
         skipped: dict[str, str] = {}
-        for position, request in enumerate(order.requests):
+        is_decode = self._table.is_decode_step
+        num_reserved = (1 - ranking.rules.admission_kv_fraction) * self._kv.num_device_blocks
+        for row in order:
             if step.is_full or len(skipped) >= self._scan_limit:
                 break
+            request = self._table.requests[row]
             if request.request_id in preempted_ids:
                 continue
-            num_tokens = step.num_fitting_tokens(request)
+            if self._kv.num_free_device_blocks < num_reserved and not self._table.num_blocks[row]:
+                skipped[request.request_id] = "KV memory is nearly full"
+                continue
+            cost_s = None
+            if is_decode[row]:
+                cost_s = step.decode_cost_if_fits_s(request.num_computed_tokens)
+                num_tokens = 1 if cost_s is not None else 0
+            else:
+                num_tokens = step.num_fitting_tokens(request)
             if num_tokens == 0:
                 skipped[request.request_id] = "too little time or room in this step"
                 continue
-            victims = self._victims(order, position, num_tokens, now_s)
-            if victims is None:
+            block_ids = self._blocks(row, num_tokens, order, now_s, preempted_ids)
+            if block_ids is None:
                 skipped[request.request_id] = "no KV blocks"
                 continue
-            preempted_ids += [self._preempt(victim) for victim in victims]
-            self._place(step, request, num_tokens)
-        if not step.scheduled and order.requests:
-            preempted_ids += self._force_first(step, order)
-        return self._plan(step, order, preempted_ids, skipped)
+            request.status = RequestStatus.RUNNING
+            if cost_s is not None:
+                step.add_decode(request, cost_s, block_ids)
+            else:
+                cost_s = step.add_prefill(request, num_tokens, block_ids)
+                self._on_prefill(request, num_tokens, cost_s)
+        if not step.scheduled:
+            self._force_first(step, order, preempted_ids)
+        reasons = ScheduleReasons(
+            latency_budget_s=ranking.rules.budget_s,
+            load_s=ranking.load_s,
+            num_urgent=ranking.num_urgent,
+            num_normal=len(self._table) - ranking.num_urgent,
+            num_starved=len(ranking.starved_ids),
+            skipped=skipped,
+        )
+        return self._plan(step, sorted(preempted_ids), reasons)
 
     @final
     def update_from_output(
         self, plan: SchedulerOutput, output: StepOutput, now_s: float
     ) -> list[RequestEvent]:
         """Account for a finished step and return the news, in scheduling order."""
+        # A step that failed, wholly or in part, did not do the work that was priced.
+        if not output.failed and 0 < output.step_s < math.inf:
+            self._model.observe(plan.shape, output.step_s)
         events: list[RequestEvent] = []
+        decoded_ids: list[str] = []
         for part in plan.scheduled:
             request = part.request
+            request_id = request.spec.request_id
             if request.status is RequestStatus.FINISHED:
                 continue
-            error = output.failed.get(request.request_id)
+            error = output.failed.get(request_id) if output.failed else None
             if error is not None:
                 self._finish(request)
                 events.append(
-                    RequestEvent(request.request_id, finish_reason=FinishReason.ERROR, error=error)
+                    RequestEvent(request_id, finish_reason=FinishReason.ERROR, error=error)
                 )
                 continue
+            was_decode = is_decode_step(request)
             is_sampled = part.is_sampled
             request.num_computed_tokens += part.num_new_tokens
             if is_sampled:
-                events.append(self._accept_tokens(request, output, now_s))
+                event = self._accept_tokens(request, output, now_s)
+                events.append(event)
+                if event.finish_reason is not None:
+                    continue
+            if was_decode:
+                decoded_ids.append(request_id)
+            else:
+                self._table.refresh(request)
+        self._table.advance_decodes(decoded_ids)
         return events
 
     @final
     def load(self) -> SchedulerLoad:
         """Return what is queued and running now."""
-        requests = self._requests.values()
-        num_running = sum(self._kv.num_owned_blocks(r.request_id) > 0 for r in requests)
+        table = self._table
+        is_prefill = table.num_output_tokens == 0
+        num_running = int(np.count_nonzero(table.num_blocks))
         return SchedulerLoad(
-            num_waiting=len(requests) - num_running,
+            num_waiting=len(table) - num_running,
             num_running=num_running,
-            num_decoding=sum(r.is_decoding for r in requests),
-            num_queued_prompt_tokens=sum(
-                r.num_uncomputed_tokens for r in requests if not r.is_decoding
-            ),
+            num_decoding=len(table) - int(np.count_nonzero(is_prefill)),
+            num_queued_prompt_tokens=int(table.num_uncomputed_tokens[is_prefill].sum()),
             num_free_device_blocks=self._kv.num_free_device_blocks,
             num_device_blocks=self._kv.num_device_blocks,
         )
 
+    @final
+    def step_errors(self) -> tuple[StepErrors, ...]:
+        """Return how far off recent predictions were. See `core.ports.Scheduler`."""
+        return self._model.errors()
+
     @property
     def has_requests(self) -> bool:
         """True while any request has not ended."""
-        return bool(self._requests)
+        return len(self._table) > 0
 
     def check_integrity(self) -> None:
-        """Prove the accounting: blocks add up, and each live request holds what it computed.
+        """Prove the accounting: blocks add up, each live request holds what it computed, and the
+        table says what the requests say.
 
         Raises:
             KVIntegrityError: something contradicts itself.
         """
         self._kv.check_integrity()
-        for request in self._requests.values():
-            num_computed = request.num_computed_tokens
+        for row, request in enumerate(self._table.requests):
+            name, num_computed = request.request_id, request.num_computed_tokens
             if not 0 <= num_computed <= request.num_tokens:
                 raise KVIntegrityError(
-                    f"request {request.request_id} has computed {num_computed} of "
-                    f"{request.num_tokens} tokens"
+                    f"request {name} has computed {num_computed} of {request.num_tokens} tokens"
                 )
-            if self._kv.num_missing_blocks(request.request_id, num_computed) > 0:
+            if self._kv.num_missing_blocks(name, num_computed) > 0:
                 raise KVIntegrityError(
-                    f"request {request.request_id} has computed {num_computed} tokens, more than "
-                    "its blocks hold"
+                    f"request {name} has computed {num_computed} tokens, more than its blocks hold"
                 )
+            for what, said, true in (
+                ("row", self._table.row_of(name), row),
+                ("blocks", self._table.num_blocks[row], self._kv.num_owned_blocks(name)),
+                ("output tokens", self._table.num_output_tokens[row], request.num_output_tokens),
+                ("computed tokens", self._table.num_computed_tokens[row], num_computed),
+                ("uncomputed tokens", self._table.num_uncomputed_tokens[row],
+                 request.num_uncomputed_tokens),
+            ):  # fmt: skip
+                if said != true:
+                    raise KVIntegrityError(f"request {name}: {what} {said}, truly {true}")
 
-    def _victims(
-        self, order: ScheduleOrder, position: int, num_tokens: int, now_s: float
-    ) -> list[Request] | None:
-        """Return whom to preempt so that the request at `position` gets its blocks.
+    def _work_s(self) -> Floats:
+        """Return the predicted cost of everything before each request's next token (17)."""
+        return self._model.marginal_work_s(
+            self._table.num_uncomputed_tokens,
+            self._table.num_computed_tokens,
+            is_decode=self._table.is_decode_step,
+        )
 
-        Empty if there is room; None if preempting everyone allowed would not make enough.
+    def _blocks(
+        self,
+        row: int,
+        num_new_tokens: int,
+        order: RankOrder,
+        now_s: float,
+        preempted_ids: set[str],
+    ) -> Sequence[int] | None:
+        """Return the blocks of a request, enough for its new tokens, or None.
+
+        Preempts, and adds to `preempted_ids`, as many requests ranked after it as needed; none
+        if preempting all that may be would not be enough.
         """
-        candidate = order.requests[position]
-        num_short = self._num_short_blocks(candidate, num_tokens)
-        victims: list[Request] = []
-        tail = len(order.requests) - 1
-        while num_short > 0 and tail > position:
-            victim = order.requests[tail]
-            num_owned = self._kv.num_owned_blocks(victim.request_id)
-            if num_owned > 0 and self._may_preempt(candidate, victim, now_s):
-                victims.append(victim)
-                num_short -= num_owned
-            tail -= 1
-        return victims if num_short <= 0 else None
+        request = self._table.requests[row]
+        num_tokens = request.num_computed_tokens + num_new_tokens
+        num_missing = self._kv.num_missing_blocks(request.request_id, num_tokens)
+        if num_missing == 0:
+            return self._kv.block_ids(request.request_id)
+        num_short = num_missing - self._kv.num_free_device_blocks
+        if num_short > 0:
+            if not self._may_claim(request, now_s):
+                return None
+            victims: list[Request] = []
+            position, claim = order.position(row), self._claim(request)
+            for victim_row in reversed(order.sort(self._holders())):
+                if num_short <= 0 or order.position(victim_row) <= position:
+                    break
+                victim = self._table.requests[victim_row]
+                if claim < self._claim(victim):
+                    victims.append(victim)
+                    num_short -= self._kv.num_owned_blocks(victim.request_id)
+            if num_short > 0:
+                return None
+            preempted_ids.update(self._preempt(victim) for victim in victims)
+        return self._allocate(row, num_tokens)
 
-    def _num_short_blocks(self, request: Request, num_new_tokens: int) -> int:
+    def _claim(self, request: Request) -> tuple[tuple[float, ...], float, str]:
+        return self._standing(request), request.arrival_s, request.request_id
+
+    def _holders(self) -> Indices:
+        """Return the rows of requests that own blocks."""
+        return np.flatnonzero(self._table.num_blocks)
+
+    def _force_first(self, step: StepBuilder, order: RankOrder, preempted_ids: set[str]) -> None:
+        """Put one request into an empty step, whomever it displaces.
+
+        The first in order if it has room; else the one with the strongest claim, so that the
+        queue always moves: `check_request` promised that each request fits alone.
+        """
+        requests = self._table.requests
+        first = next(iter(order))
+        if self._num_short_blocks(first, num_tokens := self._num_forced(step, first)) > 0:
+            first = min(range(len(requests)), key=lambda row: self._claim(requests[row]))
+            num_tokens = self._num_forced(step, first)
+        weakest_first = sorted(
+            self._holders().tolist(), key=lambda row: self._claim(requests[row]), reverse=True
+        )
+        for row in weakest_first:
+            if self._num_short_blocks(first, num_tokens) <= 0:
+                break
+            if row != first:
+                preempted_ids.add(self._preempt(requests[row]))
+        request = requests[first]
+        needed = request.num_computed_tokens + num_tokens
+        block_ids = self._allocate(first, needed)
+        request.status = RequestStatus.RUNNING
+        if is_decode_step(request):
+            step.add_decode(request, self._model.decode_s(request.num_computed_tokens), block_ids)
+        else:
+            cost_s = step.add_prefill(request, num_tokens, block_ids)
+            self._on_prefill(request, num_tokens, cost_s)
+
+    def _num_forced(self, step: StepBuilder, row: int) -> int:
+        request = self._table.requests[row]
+        return 1 if is_decode_step(request) else step.num_forced_tokens(request)
+
+    def _num_short_blocks(self, row: int, num_new_tokens: int) -> int:
+        request = self._table.requests[row]
         num_missing = self._kv.num_missing_blocks(
             request.request_id, request.num_computed_tokens + num_new_tokens
         )
         return num_missing - self._kv.num_free_device_blocks
 
-    def _force_first(self, step: StepBuilder, order: ScheduleOrder) -> list[str]:
-        """Put the first request into an empty step, whomever it displaces; return these ids.
-
-        The queue always moves: `check_request` promised that each request fits alone.
-        """
-        first = order.requests[0]
-        num_tokens = step.num_forced_tokens(first)
-        preempted_ids: list[str] = []
-        for victim in reversed(order.requests[1:]):
-            if self._num_short_blocks(first, num_tokens) <= 0:
-                break
-            if self._kv.num_owned_blocks(victim.request_id):
-                preempted_ids.append(self._preempt(victim))
-        self._place(step, first, num_tokens)
-        return preempted_ids
-
-    def _place(self, step: StepBuilder, request: Request, num_new_tokens: int) -> None:
-        block_ids = self._kv.allocate(
-            request.request_id, request.num_computed_tokens + num_new_tokens
-        )
+    def _allocate(self, row: int, num_tokens: int) -> Sequence[int]:
+        block_ids = self._kv.allocate(self._table.requests[row].request_id, num_tokens)
         assert block_ids is not None, "room was made before"
-        request.status = RequestStatus.RUNNING
-        self._spent(request, step.add(request, num_new_tokens, block_ids))
+        self._table.num_blocks[row] = len(block_ids)
+        return block_ids
 
     def _preempt(self, request: Request) -> str:
         """Take all KV from a request, which will be computed again; return its id."""
@@ -249,56 +368,56 @@ class BatchScheduler(ABC):
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         request.status = RequestStatus.PREEMPTED
+        self._table.refresh(request)
+        self._table.num_blocks[self._table.row_of(request.request_id)] = 0
         return request.request_id
 
     def _plan(
         self,
-        step: StepBuilder,
-        order: ScheduleOrder,
+        step: StepBuilder | None,
         preempted_ids: Sequence[str],
-        skipped: dict[str, str],
+        reasons: ScheduleReasons,
     ) -> SchedulerOutput:
         plan = SchedulerOutput(
             step_id=self._next_step_id,
-            scheduled=tuple(step.scheduled),
+            scheduled=tuple(step.scheduled) if step else (),
             preempted_ids=tuple(preempted_ids),
             finished_ids=tuple(self._finished_ids),
             transfers=(),
-            predicted_step_s=step.predicted_s,
-            reasons=ScheduleReasons(
-                latency_budget_s=order.budget_s,
-                load_s=order.load_s,
-                num_urgent=order.num_urgent,
-                num_normal=len(order.requests) - order.num_urgent,
-                num_starved=len(order.starved_ids),
-                skipped=skipped,
-            ),
+            predicted_step_s=step.predicted_s if step else 0.0,
+            reasons=reasons,
+            shape=step.shape if step else BatchShape(),
         )
         self._finished_ids = []
         self._next_step_id += 1
         return plan
 
     def _accept_tokens(self, request: Request, output: StepOutput, now_s: float) -> RequestEvent:
-        token_ids = output.new_token_ids[request.request_id]
+        request_id = request.spec.request_id
+        token_ids = output.new_token_ids[request_id]
         sampling = request.spec.sampling
         finish_reason: FinishReason | None = None
         for token_id in token_ids:
             request.append_output_token(token_id, now_s)
             if token_id in sampling.stop_token_ids:
                 finish_reason = FinishReason.STOP
-            elif request.num_output_tokens == sampling.max_tokens:
+            elif len(request.output_token_ids) == sampling.max_tokens:
                 finish_reason = FinishReason.LENGTH
+        self._on_output(request, len(token_ids))
         if finish_reason is not None:
             self._finish(request)
         return RequestEvent(
-            request.request_id,
-            new_token_ids=tuple(token_ids),
-            logprobs=tuple(output.logprobs.get(request.request_id, ())),
+            request_id,
+            new_token_ids=token_ids,
+            logprobs=output.logprobs.get(request_id, ()) if output.logprobs else (),
             finish_reason=finish_reason,
         )
 
     def _finish(self, request: Request) -> None:
         self._kv.free(request.request_id)
         request.status = RequestStatus.FINISHED
-        del self._requests[request.request_id]
+        self._table.remove(request)
         self._finished_ids.append(request.request_id)
+
+
+_NOTHING_TO_DO = ScheduleReasons(latency_budget_s=0.0, load_s=0.0, num_urgent=0, num_normal=0)

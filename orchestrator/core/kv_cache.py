@@ -39,6 +39,14 @@ class KVCacheManager:
         """Return how many blocks the request owns; 0 if it is unknown."""
         return len(self._block_ids.get(request_id, ()))
 
+    def block_ids(self, request_id: str) -> Sequence[int]:
+        """Return the blocks of a request in token order; a live view, as from `allocate`.
+
+        Raises:
+            KeyError: the request owns none.
+        """
+        return self._block_ids[request_id]
+
     def allocate(self, request_id: str, num_tokens: int) -> Sequence[int] | None:
         """Make the request own enough blocks for `num_tokens` tokens in all, and return them.
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from orchestrator.core.kv_transfer import KVTransfer
+from orchestrator.core.latency import BatchShape
+from orchestrator.core.latency_correction import StepErrors
 from orchestrator.core.request import FinishReason, Request
 
 
@@ -111,6 +113,8 @@ class SchedulerOutput:
 
     predicted_step_s: float
     reasons: ScheduleReasons
+    shape: BatchShape = field(default_factory=BatchShape)
+    """What the prediction was made from; empty if the plan's maker predicts nothing."""
 
     @property
     def num_new_tokens(self) -> int:
@@ -158,7 +162,7 @@ class RequestEvent:
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
-    """Set if and only if `finish_reason` is `error`."""
+    """Set if and only if `finish_reason` is `error` or `lost`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +216,10 @@ class Scheduler(Protocol):
 
     def load(self) -> SchedulerLoad:
         """Return what is queued and running now."""
+        ...
+
+    def step_errors(self) -> tuple[StepErrors, ...]:
+        """Return how far off recent predictions were, for each batch class seen so far."""
         ...
 
     @property

@@ -36,7 +36,10 @@ class FinishReason(StrEnum):
     """The client or an operator asked for it."""
 
     ERROR = "error"
-    """The engine failed; the event says how."""
+    """The engine failed on it; the event says how."""
+
+    LOST = "lost"
+    """The node can no longer finish it, another one may; the event says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,8 @@ class RequestSpec:
     """Gain of one output token delivered in time; larger is more valuable."""
 
     slo: Slo
+    client_id: str = ""
+    """Whose request it is, for schedulers that are fair among clients."""
 
 
 @dataclass(slots=True, eq=False)

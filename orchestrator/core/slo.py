@@ -95,15 +95,21 @@ def token_deadline_s(
     """
     if index < 0:
         raise ValueError(f"token index is {index}, it must be at least 0")
-    due_s = arrival_s + slo.ttft_s
     if index == 0:
+        return arrival_s + slo.ttft_s
+    return index * slo.tpot_s + deadline_origin_s(
+        slo, arrival_s=arrival_s, first_token_s=first_token_s, anchor=anchor
+    )
+
+
+def deadline_origin_s(
+    slo: Slo, *, arrival_s: float, first_token_s: float | None, anchor: DeadlineAnchor
+) -> float:
+    """Return what the deadlines of the second and later tokens are counted from."""
+    due_s = arrival_s + slo.ttft_s
+    if first_token_s is None or anchor is DeadlineAnchor.FIXED:
         return due_s
-    if first_token_s is not None:
-        if anchor is DeadlineAnchor.ACTUAL:
-            due_s = first_token_s
-        elif anchor is DeadlineAnchor.MIN:
-            due_s = min(due_s, first_token_s)
-    return due_s + index * slo.tpot_s
+    return first_token_s if anchor is DeadlineAnchor.ACTUAL else min(due_s, first_token_s)
 
 
 def token_deadline_aware_gain(

@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from orchestrator.core.latency import BatchLatencyModel
+from orchestrator.core.latency import BatchLatencyModel, BatchShape
 from orchestrator.core.ports import EngineCapabilities, ScheduledRequest
 from orchestrator.core.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class StepRules:
+    """What a scheduler allows one step to hold, beside the engine's own limits."""
+
+    budget_s: float
+    """Predicted duration at most; infinite for none."""
+
+    max_mixed_s: float = math.inf
+    """Predicted duration at most of a step with prefills, where that is less than the budget."""
+
+    max_decode_only_s: float = math.inf
+    """The same of a decode-only step."""
+
+    max_tokens: int | None = None
+    """New tokens at most; None leaves the engine's limit."""
+
+    min_chunk_tokens: int = 0
+    """A prefill chunk that does not finish its prompt has more tokens than this: its share of
+    the step's constant and of re-reading the context would be too large (n_min of equation 25)."""
+
+    whole_prompts: bool = False
+    """Prompts are computed in one piece or not at all, as long as one step could hold them."""
+
+    separate_phases: bool = False
+    """A step holds prefills or decodes, whichever comes first, not both."""
+
+    admission_kv_fraction: float = 1.0
+    """Requests that own no KV blocks wait while a larger share of them is in use."""
 
 
 def is_decode_step(request: Request) -> bool:
@@ -18,31 +50,30 @@ def is_decode_step(request: Request) -> bool:
     return request.is_decoding and request.num_uncomputed_tokens == 1
 
 
-def marginal_work_s(model: BatchLatencyModel, request: Request) -> float:
-    """Return the predicted cost of everything before the request's next token (equation 17)."""
-    if is_decode_step(request):
-        return model.decode_s(request.num_computed_tokens)
-    return model.prefill_s(request.num_uncomputed_tokens, request.num_computed_tokens)
-
-
 class StepBuilder:
     """One step while it is being filled."""
 
     def __init__(
-        self,
-        model: BatchLatencyModel,
-        capabilities: EngineCapabilities,
-        *,
-        budget_s: float,
-        min_chunk_tokens: int,
+        self, model: BatchLatencyModel, capabilities: EngineCapabilities, rules: StepRules
     ) -> None:
         self._model = model
-        self._budget_s = budget_s
-        self._min_chunk_tokens = min_chunk_tokens
-        self._num_tokens_left = capabilities.max_num_batched_tokens
+        self._rules = rules
+        self._max_tokens = capabilities.max_num_batched_tokens
+        if rules.max_tokens is not None:
+            self._max_tokens = min(self._max_tokens, rules.max_tokens)
+        self._num_tokens_left = self._max_tokens
         self._num_seqs_left = capabilities.max_num_seqs
+        # Of the class that the step has so far; the first prefill makes it a mixed one.
+        self._constant_s = model.step_constant_s(has_prefill=False)
+        self._limit_s = min(rules.budget_s, rules.max_decode_only_s)
+        self._decode_factor = 1.0
         self._marginal_s = 0.0
-        self._has_prefill = False
+        self._num_prefills = 0
+        self._prefill_tokens = 0
+        self._prefill_tokens_squared = 0
+        self._prefill_tokens_times_context = 0
+        self._prefill_context = 0
+        self._decode_context = 0
         self.scheduled: list[ScheduledRequest] = []
 
     @property
@@ -51,7 +82,7 @@ class StepBuilder:
         return (
             self._num_seqs_left == 0
             or self._num_tokens_left == 0
-            or self.predicted_s >= self._budget_s
+            or (self._constant_s + self._marginal_s >= self._limit_s and bool(self.scheduled))
         )
 
     @property
@@ -59,52 +90,93 @@ class StepBuilder:
         """Predicted duration of the step as filled so far; 0 if it is empty."""
         if not self.scheduled:
             return 0.0
-        return self._model.step_constant_s(has_prefill=self._has_prefill) + self._marginal_s
+        return self._constant_s + self._marginal_s
+
+    @property
+    def shape(self) -> BatchShape:
+        """Sums over the step as filled so far."""
+        return BatchShape(
+            num_prefills=self._num_prefills,
+            prefill_tokens=self._prefill_tokens,
+            prefill_tokens_squared=self._prefill_tokens_squared,
+            prefill_tokens_times_context=self._prefill_tokens_times_context,
+            prefill_context=self._prefill_context,
+            num_decodes=len(self.scheduled) - self._num_prefills,
+            decode_context=self._decode_context,
+        )
+
+    def decode_cost_if_fits_s(self, num_cached_tokens: int) -> float | None:
+        """Return the marginal cost of one decode token, or None if it does not fit."""
+        if self._rules.separate_phases and self._num_prefills:
+            return None
+        cost_s = self._model.decode_s(num_cached_tokens) * self._decode_factor
+        if cost_s + self._constant_s + self._marginal_s > self._limit_s:
+            return None
+        return cost_s
 
     def num_fitting_tokens(self, request: Request) -> int:
-        """Return how many new tokens of the request fit; 0 if none, or too few to be worth it.
-
-        A non-final prefill chunk of `min_chunk_tokens` or fewer is not made: its share of the
-        step's constant and of re-reading the context would be too large (equation 25, n_min).
-        """
+        """Return how many tokens of a prefill fit; 0 if none, or too few to be worth it."""
+        rules = self._rules
+        if rules.separate_phases and self.scheduled and not self._num_prefills:
+            return 0
         num_wanted = request.num_uncomputed_tokens
         num_cached = request.num_computed_tokens
-        if is_decode_step(request):
-            left_s = self._left_s(has_prefill=self._has_prefill)
-            return 1 if self._model.decode_s(num_cached) <= left_s else 0
-        left_s = self._left_s(has_prefill=True)
+        left_s = self._left_s()
         num_tokens = min(num_wanted, self._num_tokens_left)
         if self._model.prefill_s(num_tokens, num_cached) > left_s:
             num_tokens = self._model.max_new_tokens(num_cached, left_s)
-        if num_tokens < num_wanted and num_tokens <= self._min_chunk_tokens:
+        if num_tokens == num_wanted:
+            return num_tokens
+        if rules.whole_prompts and num_wanted <= self._max_tokens:
             return 0
-        return num_tokens
+        return num_tokens if num_tokens > rules.min_chunk_tokens else 0
 
     def num_forced_tokens(self, request: Request) -> int:
         """Return a number of new tokens for a step that nothing fits into; at least 1."""
-        if is_decode_step(request):
-            return 1
-        left_s = max(0.0, self._left_s(has_prefill=True))
         num_tokens = min(request.num_uncomputed_tokens, self._num_tokens_left)
+        left_s = max(0.0, self._left_s())
         if self._model.prefill_s(num_tokens, request.num_computed_tokens) <= left_s:
             return num_tokens
         num_in_time = self._model.max_new_tokens(request.num_computed_tokens, left_s)
-        return min(num_tokens, max(num_in_time, self._min_chunk_tokens, 1))
+        return min(num_tokens, max(num_in_time, self._rules.min_chunk_tokens, 1))
 
-    def add(self, request: Request, num_new_tokens: int, block_ids: Sequence[int]) -> float:
-        """Add a part to the step and return its predicted marginal cost in seconds."""
+    def add_decode(self, request: Request, cost_s: float, block_ids: Sequence[int]) -> None:
+        """Add one decode token of known cost."""
         num_cached = request.num_computed_tokens
-        if is_decode_step(request):
-            cost_s = self._model.decode_s(num_cached)
-        else:
-            cost_s = self._model.prefill_s(num_new_tokens, num_cached)
-            self._has_prefill = True
         self._marginal_s += cost_s
+        self._decode_context += num_cached
+        self._num_tokens_left -= 1
+        self._num_seqs_left -= 1
+        self.scheduled.append(ScheduledRequest(request, num_cached, 1, block_ids))
+
+    def add_prefill(self, request: Request, num_new_tokens: int, block_ids: Sequence[int]) -> float:
+        """Add a prefill piece and return its predicted marginal cost in seconds."""
+        num_cached = request.num_computed_tokens
+        cost_s = self._model.prefill_s(num_new_tokens, num_cached)
+        if not self._num_prefills:
+            self._become_mixed()
+        self._marginal_s += cost_s
+        self._num_prefills += 1
+        self._prefill_tokens += num_new_tokens
+        self._prefill_tokens_squared += num_new_tokens * num_new_tokens
+        self._prefill_tokens_times_context += num_new_tokens * num_cached
+        self._prefill_context += num_cached
         self._num_tokens_left -= num_new_tokens
         self._num_seqs_left -= 1
         self.scheduled.append(ScheduledRequest(request, num_cached, num_new_tokens, block_ids))
         return cost_s
 
-    def _left_s(self, *, has_prefill: bool) -> float:
-        constant_s = self._model.step_constant_s(has_prefill=has_prefill)
-        return self._budget_s - constant_s - self._marginal_s
+    def _become_mixed(self) -> None:
+        """Price what is in the step as parts of a mixed one."""
+        self._decode_factor = self._model.mixed_decode_factor
+        self._marginal_s *= self._decode_factor
+        self._constant_s = self._model.step_constant_s(has_prefill=True)
+        self._limit_s = min(self._rules.budget_s, self._rules.max_mixed_s)
+
+    def _left_s(self) -> float:
+        """Return the time left for a prefill."""
+        if self._num_prefills:
+            return self._limit_s - self._constant_s - self._marginal_s
+        limit_s = min(self._rules.budget_s, self._rules.max_mixed_s)
+        constant_s = self._model.step_constant_s(has_prefill=True)
+        return limit_s - constant_s - self._marginal_s * self._model.mixed_decode_factor

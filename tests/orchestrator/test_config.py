@@ -6,8 +6,12 @@ import pytest
 
 from orchestrator.config import NodeConfig
 from orchestrator.core.errors import ConfigError
+from orchestrator.core.latency import BatchLatencyModel
+from orchestrator.core.scheduler_factory import SCHEDULER_NAMES, make_scheduler
+from orchestrator.core.slide_batching import SlideBatchingOptions
 from orchestrator.core.slo import DeadlineAnchor
 from orchestrator.yaml_config import load_yaml_model
+from tests.factories import make_capabilities, make_profile
 
 NODE = """\
 endpoint_id: node-0
@@ -26,15 +30,41 @@ def test_a_short_file_gets_the_recommended_scheduler(tmp_path: Path) -> None:
     config = load(tmp_path, NODE)
 
     assert config.scheduler == "slide-batching"
-    assert config.slide_batching.anchor is DeadlineAnchor.MIN
+    assert config.scheduler_options() is None
     assert config.engine.device_kv_bytes == 64 * 1024**2
 
 
 def test_scheduler_parameters_are_read(tmp_path: Path) -> None:
     config = load(tmp_path, NODE + "slide_batching: {alpha: 0.8, anchor: fixed}\n")
 
-    assert config.slide_batching.alpha == 0.8
-    assert config.slide_batching.anchor is DeadlineAnchor.FIXED
+    options = config.scheduler_options()
+    assert isinstance(options, SlideBatchingOptions)
+    assert options.alpha == 0.8
+    assert options.anchor is DeadlineAnchor.FIXED
+
+
+SECTIONS = {"slide-batching": "slide_batching", "fcfs": None, "vllm-fcfs": None}
+SECTIONS |= dict.fromkeys(
+    ["sarathi-fcfs", "sarathi-priority", "weighted-vtc", "strict-priority"], "sarathi"
+)
+
+
+@pytest.mark.parametrize("name", SCHEDULER_NAMES)
+def test_every_scheduler_can_be_named_with_its_section(tmp_path: Path, name: str) -> None:
+    section = SECTIONS.get(name, "deadline")
+    text = (
+        NODE + f"scheduler: {name}\n" + (f"{section}: {{token_budget: 300}}\n" if section else "")
+    )
+
+    config = load(tmp_path, text)
+
+    make_scheduler(
+        config.scheduler,
+        config.scheduler_options(),
+        make_capabilities(),
+        BatchLatencyModel(make_profile()),
+    )
+    assert config.scheduler == name
 
 
 @pytest.mark.parametrize(
@@ -44,6 +74,8 @@ def test_scheduler_parameters_are_read(tmp_path: Path) -> None:
         (NODE + "slide_batching: {alfa: 1}\n", "did you mean 'alpha'"),
         (NODE + "slide_batching: {alpha: -1}\n", "alpha is -1"),
         (NODE + "scheduler: fastest\n", "slide-batching"),
+        (NODE + "scheduler: edf\nslide_batching: {}\n", "edf does not read it"),
+        (NODE + "scheduler: slide-batching\ndeadline: {}\n", "does not read it"),
         (NODE.replace("64MiB", "0"), "device_kv_bytes"),
         (NODE.replace("node-0", "Node 0"), "endpoint_id"),
         (NODE.replace("8101", "99999"), "65535"),

@@ -201,7 +201,7 @@ async def test_a_dead_engine_ends_every_stream_and_turns_the_node_unhealthy(node
     last_words = (await node.generate(body("killer", 5, EXIT)))[-1]
 
     for stream in [await other for other in others]:
-        assert stream[-1].finish_reason is FinishReason.ERROR
+        assert stream[-1].finish_reason is FinishReason.LOST
         assert stream[-1].error == last_words.error
         assert sum(e.finish_reason is not None for e in stream) == 1
     assert last_words.error == "the engine process ended with status -9"

@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from orchestrator.core.baselines import FcfsScheduler
 from orchestrator.core.batch_scheduler import BatchScheduler
+from orchestrator.core.deadline_scheduler import DeadlineOptions
 from orchestrator.core.errors import RequestRejected
 from orchestrator.core.latency import BatchLatencyModel
 from orchestrator.core.ports import EngineCapabilities, StepOutput
 from orchestrator.core.request import FinishReason
-from orchestrator.core.slide_batching import SlideBatchingOptions, SlideBatchingScheduler
+from orchestrator.core.scheduler_factory import (
+    SCHEDULER_NAMES,
+    SchedulerName,
+    SchedulerOptions,
+    make_scheduler,
+)
+from orchestrator.core.slide_batching import SlideBatchingOptions
 from tests.factories import make_capabilities, make_profile, make_request, run_step
 
 MODEL = BatchLatencyModel(make_profile())
-SchedulerFactory = Callable[[EngineCapabilities], BatchScheduler]
-FACTORIES: dict[str, SchedulerFactory] = {
-    "slide-batching": lambda capabilities: SlideBatchingScheduler(
-        capabilities, MODEL, SlideBatchingOptions(min_chunk_tokens=3)
-    ),
-    "fcfs": lambda capabilities: FcfsScheduler(capabilities, MODEL),
-}
+
+
+def make(name: SchedulerName, capabilities: EngineCapabilities) -> BatchScheduler:
+    """With a minimum chunk that fits into the small steps of these tests."""
+    options: SchedulerOptions | None = None
+    if name == "slide-batching":
+        options = SlideBatchingOptions(min_chunk_tokens=3)
+    elif name in DEADLINE_SCHEDULERS:
+        options = DeadlineOptions(min_chunk_tokens=3)
+    return make_scheduler(name, options, capabilities, MODEL)
+
+
 STOP_TOKEN_ID = 99
+DEADLINE_SCHEDULERS = {
+    "fair-batching", "edf", "sjf", "density", "decode-first-edf", "decode-first-density",
+    "urgency-priority",
+}  # fmt: skip
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Drives one scheduler; the KV pool is so small that preemption is common."""
 
     @initialize(
-        name=st.sampled_from(sorted(FACTORIES)),
+        name=st.sampled_from(SCHEDULER_NAMES),
         num_blocks=st.integers(4, 20),
         max_tokens=st.integers(8, 64),
         max_seqs=st.integers(1, 6),
     )
-    def start(self, name: str, num_blocks: int, max_tokens: int, max_seqs: int) -> None:
+    def start(self, name: SchedulerName, num_blocks: int, max_tokens: int, max_seqs: int) -> None:
         self.capabilities = make_capabilities(
             num_device_blocks=num_blocks,
             block_size_tokens=4,
@@ -46,11 +59,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_seqs=max_seqs,
             max_model_len=64,
         )
-        self.scheduler = FACTORIES[name](self.capabilities)
+        self.scheduler = make(name, self.capabilities)
         self.now_s = 0.0
         self.num_added = 0
-        self.live: dict[str, int] = {}
-        """Accepted requests that have not ended -> tokens delivered."""
+        self.live: dict[str, int] = {}  # request_id -> tokens delivered
 
     @rule(
         num_prompt_tokens=st.integers(0, 70),
@@ -66,6 +78,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             weight=weight,
             ttft_s=ttft_s,
             arrival_s=self.now_s,
+            client_id="ab"[self.num_added % 2],
             stop_token_ids=(STOP_TOKEN_ID,),
         )
         self.num_added += 1
@@ -150,38 +163,15 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None
+    max_examples=400, stateful_step_count=40, deadline=None
 )
 TestSchedulerMachine = SchedulerMachine.TestCase
 
 
-@pytest.mark.parametrize("name", FACTORIES)
-def test_a_request_id_in_use_is_refused(name: str) -> None:
-    scheduler = FACTORIES[name](make_capabilities())
+@pytest.mark.parametrize("name", SCHEDULER_NAMES)
+def test_a_request_id_in_use_is_refused(name: SchedulerName) -> None:
+    scheduler = make(name, make_capabilities())
     scheduler.add_request(make_request("same"))
 
     with pytest.raises(RequestRejected, match="'same' is already in use"):
         scheduler.add_request(make_request("same"))
-
-
-def test_first_come_first_served_ignores_weight_and_deadline() -> None:
-    scheduler = FACTORIES["fcfs"](make_capabilities(max_num_seqs=1))
-    scheduler.add_request(make_request("young", weight=9.0, ttft_s=0.01, arrival_s=1.0))
-    scheduler.add_request(make_request("old", arrival_s=0.0))
-
-    plan = scheduler.schedule(now_s=1.0)
-
-    assert [p.request_id for p in plan.scheduled] == ["old"]
-
-
-def test_first_come_first_served_preempts_the_latest() -> None:
-    """Two of three blocks are `old`'s; at its 33rd token it takes the third from `young`."""
-    scheduler = FACTORIES["fcfs"](make_capabilities(num_device_blocks=3))
-    scheduler.add_request(make_request("old", num_prompt_tokens=32, max_tokens=4))
-    scheduler.add_request(make_request("young", num_prompt_tokens=8, arrival_s=0.1))
-    _, now_s = run_step(scheduler, 0.1)
-
-    plan = scheduler.schedule(now_s)
-
-    assert [p.request_id for p in plan.scheduled] == ["old"]
-    assert plan.preempted_ids == ("young",)

@@ -1,0 +1,219 @@
+"""The live requests of a scheduler as columns, so that a step's ranking is a few array operations
+however long the queue is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.core.request import Request
+from orchestrator.core.slo import DeadlineAnchor, deadline_origin_s
+
+Floats = NDArray[np.float64]
+Indices = NDArray[np.intp]
+
+_CHUNK = 512
+"""Rows sorted at once: more than fit into most steps; the rest of a long queue stays unsorted."""
+
+_COLUMNS = (
+    "arrival_s",
+    "weight",
+    "ttft_s",
+    "tpot_s",
+    "origin_s",
+    "num_output_tokens",
+    "num_uncomputed_tokens",
+    "num_computed_tokens",
+    "num_prompt_tokens",
+    "num_blocks",
+)
+
+
+class RequestTable:
+    """One row per live request. Rows are dense; removing one moves the last into its place.
+
+    Row numbers hold until the next `add` or `remove`. Columns are float64, (num_rows,).
+    """
+
+    def __init__(self, anchor: DeadlineAnchor) -> None:
+        """Deadlines of later tokens are counted from `anchor`."""
+        self._anchor = anchor
+        self._data: Floats = np.zeros((len(_COLUMNS), 64))
+        self._row_of: dict[str, int] = {}
+        self.requests: list[Request] = []
+        """By row."""
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._row_of
+
+    def row_of(self, request_id: str) -> int:
+        """Return the row of a live request."""
+        return self._row_of[request_id]
+
+    def get(self, request_id: str) -> Request | None:
+        """Return a live request; None if there is none of that id."""
+        row = self._row_of.get(request_id)
+        return None if row is None else self.requests[row]
+
+    def add(self, request: Request) -> None:
+        """Append a row."""
+        row = len(self.requests)
+        if row == self._data.shape[1]:
+            self._data = np.concatenate([self._data, np.zeros_like(self._data)], axis=1)
+        self._row_of[request.request_id] = row
+        self.requests.append(request)
+        self.refresh(request)
+        self.num_blocks[row] = 0
+
+    def remove(self, request: Request) -> None:
+        """Drop a row."""
+        row = self._row_of.pop(request.request_id)
+        last = self.requests.pop()
+        if last is not request:
+            self.requests[row] = last
+            self._row_of[last.request_id] = row
+            self._data[:, row] = self._data[:, len(self.requests)]
+
+    def refresh(self, request: Request) -> None:
+        """Read a request's progress anew."""
+        spec = request.spec
+        self._data[:9, self._row_of[request.request_id]] = (
+            request.arrival_s,
+            spec.weight,
+            spec.slo.ttft_s,
+            spec.slo.tpot_s,
+            deadline_origin_s(
+                spec.slo,
+                arrival_s=request.arrival_s,
+                first_token_s=request.first_token_s,
+                anchor=self._anchor,
+            ),
+            request.num_output_tokens,
+            request.num_uncomputed_tokens,
+            request.num_computed_tokens,
+            request.num_prompt_tokens,
+        )
+
+    def advance_decodes(self, request_ids: Sequence[str]) -> None:
+        """Account for one computed and one produced token of each of these requests."""
+        rows = [self._row_of[request_id] for request_id in request_ids]
+        self.num_output_tokens[rows] += 1
+        self.num_computed_tokens[rows] += 1
+
+    @property
+    def arrival_s(self) -> Floats:
+        """On the node's clock."""
+        return self._column(0)
+
+    @property
+    def weight(self) -> Floats:
+        """Gain of one output token in time."""
+        return self._column(1)
+
+    @property
+    def ttft_s(self) -> Floats:
+        """Objective for the first token."""
+        return self._column(2)
+
+    @property
+    def tpot_s(self) -> Floats:
+        """Objective for each later token."""
+        return self._column(3)
+
+    @property
+    def num_output_tokens(self) -> Floats:
+        """Tokens produced; a request with any is decoding."""
+        return self._column(5)
+
+    @property
+    def num_uncomputed_tokens(self) -> Floats:
+        """Tokens to compute before the next one can be produced."""
+        return self._column(6)
+
+    @property
+    def num_computed_tokens(self) -> Floats:
+        """Tokens whose KV is on the device."""
+        return self._column(7)
+
+    @property
+    def num_prompt_tokens(self) -> Floats:
+        """Length of the prompt."""
+        return self._column(8)
+
+    @property
+    def num_blocks(self) -> Floats:
+        """KV blocks that the request owns; kept by the scheduler."""
+        return self._column(9)
+
+    @property
+    def is_decode_step(self) -> NDArray[np.bool_]:
+        """True where the next piece of work is one token after the last output."""
+        has_output: NDArray[np.bool_] = self.num_output_tokens > 0
+        is_one_short: NDArray[np.bool_] = self.num_uncomputed_tokens == 1
+        return has_output & is_one_short
+
+    def deadline_s(self) -> Floats:
+        """Return when each request's next token is due (equation 16)."""
+        num_later = self.num_output_tokens
+        later_s = np.zeros(len(self))
+        np.multiply(num_later, self.tpot_s, out=later_s, where=num_later > 0)  # no 0 * inf
+        return self._column(4) + later_s
+
+    def _column(self, index: int) -> Floats:
+        return self._data[index, : len(self.requests)]
+
+
+class RankOrder:
+    """All rows of a table by (group, key, arrival, id): a total order, sorted as far as it is read.
+
+    Lower goes first.
+    """
+
+    def __init__(self, table: RequestTable, group: NDArray[Any], key: Floats) -> None:
+        self._table = table
+        self._group = group
+        self._key = key
+
+    def __iter__(self) -> Iterator[int]:
+        for group in np.unique(self._group):
+            rows = np.flatnonzero(self._group == group)
+            while len(rows):
+                head, rows = self._split(rows)
+                yield from self.sort(head)
+
+    def sort(self, rows: Indices) -> list[int]:
+        """Return these rows in order."""
+        key, arrival_s = self._key[rows], self._table.arrival_s[rows]
+        group = self._group[rows]
+        order = np.lexsort((arrival_s, key, group))
+        rows, key, arrival_s, group = rows[order], key[order], arrival_s[order], group[order]
+        is_tie = (key[1:] == key[:-1]) & (arrival_s[1:] == arrival_s[:-1])
+        is_tie &= group[1:] == group[:-1]
+        result: list[int] = rows.tolist()
+        if is_tie.any():
+            result.sort(key=self.position)
+        return result
+
+    def position(self, row: int) -> tuple[float, float, float, str]:
+        """Return where a row stands; compares as the order does."""
+        table = self._table
+        return (
+            self._group[row],
+            self._key[row],
+            table.arrival_s[row],
+            table.requests[row].request_id,
+        )
+
+    def _split(self, rows: Indices) -> tuple[Indices, Indices]:
+        """Return the first rows by key, no tie torn apart, and the rest."""
+        if len(rows) <= 2 * _CHUNK:
+            return rows, rows[:0]
+        key = self._key[rows]
+        last = np.partition(key, _CHUNK)[_CHUNK]
+        return rows[key <= last], rows[key > last]
