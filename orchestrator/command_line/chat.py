@@ -85,7 +85,7 @@ def _turn(
                 last_s = time.monotonic()
                 first_s = first_s if pieces else last_s
                 pieces.append(text)
-                console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+                console.out(text, end="", highlight=False)
         num_tokens = (chunk.get("usage") or {}).get("completion_tokens", num_tokens)
     speed = f"{(num_tokens - 1) / (last_s - first_s):.1f} tokens/s" if last_s > first_s else ""
     console.print(

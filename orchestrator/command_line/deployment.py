@@ -12,6 +12,12 @@ from orchestrator.core.errors import ConfigError
 from router.config import EndpointConfig, RouterConfig, RouterSettings
 
 
+def local_url(host: str, port: int) -> str:
+    """Return the address under which this machine reaches a service that listens on `host`."""
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+
 class DeploymentConfig(BaseModel):
     """Everything `proserve serve` starts."""
 
@@ -26,9 +32,10 @@ class DeploymentConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.router.port == 0:
+            raise ValueError("router.port is 0; a deployment needs to know it, choose a free one")
         places = [(node.host, node.port) for node in self.nodes]
-        if self.router.port:
-            places.append((self.router.host, self.router.port))
+        places.append((self.router.host, self.router.port))
         endpoint_ids = [node.endpoint_id for node in self.nodes]
         if len(set(endpoint_ids)) < len(endpoint_ids):
             raise ValueError(f"each endpoint_id may be used once, got {', '.join(endpoint_ids)}")
@@ -57,7 +64,7 @@ class DeploymentConfig(BaseModel):
             engine_dir=first.engine.directory,
             model=models[first.endpoint_id],
             nodes=tuple(
-                EndpointConfig(endpoint_id=n.endpoint_id, url=f"http://{n.host}:{n.port}")
+                EndpointConfig(endpoint_id=n.endpoint_id, url=local_url(n.host, n.port))
                 for n in self.nodes
             ),
         )

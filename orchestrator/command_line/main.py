@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from orchestrator.core.errors import ProServeError
 
@@ -99,6 +100,48 @@ def build(
 
 
 @app.command()
+def simulate(
+    file: ConfigFile,
+    output_dir: Annotated[
+        Path, typer.Option(help="Where results.json, runs.csv and plots go.")
+    ] = Path("simulation_results"),
+    *,
+    quick: Annotated[bool, typer.Option(help="One seed, three rates, few requests.")] = False,
+    num_processes: Annotated[int, typer.Option(help="Simulations at the same time.")] = 2,
+) -> None:
+    """Replay request traces under several schedulers in virtual time."""
+    from orchestrator.simulation.config import SimulationConfig
+    from orchestrator.simulation.experiment import run_simulation
+    from orchestrator.yaml_config import load_yaml_model
+
+    config = load_yaml_model(file, SimulationConfig)
+    run_simulation(config, output_dir, quick=quick, num_processes=num_processes, console=console)
+    console.print(f"results: {output_dir}", highlight=False)
+
+
+@app.command()
+def plan(
+    file: ConfigFile,
+    *,
+    quick: Annotated[bool, typer.Option(help="One seed, few requests.")] = False,
+    num_processes: Annotated[int, typer.Option(help="Simulations at the same time.")] = 2,
+) -> None:
+    """Find the fewest nodes that serve a trace within its objectives."""
+    from rich.table import Table
+
+    from orchestrator.simulation.config import SimulationConfig
+    from orchestrator.simulation.planning import plan_nodes
+    from orchestrator.yaml_config import load_yaml_model
+
+    config = load_yaml_model(file, SimulationConfig)
+    table = Table("trace", "policy", "nodes")
+    for answer in plan_nodes(config, quick=quick, num_processes=num_processes, console=console):
+        nodes = "more than tried" if answer.num_nodes is None else str(answer.num_nodes)
+        table.add_row(answer.trace, answer.policy, nodes)
+    console.print(table)
+
+
+@app.command()
 def chat(
     url: Annotated[str, typer.Option(help="Address of the service.")] = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(help="Model; by default the only one.")] = None,
@@ -118,7 +161,8 @@ def main() -> None:
     try:
         app()
     except ProServeError as error:
-        Console(stderr=True).print(f"[bold red]proserve:[/] {error}", highlight=False)
+        line = Text.assemble(("proserve: ", "bold red"), str(error))
+        Console(stderr=True).print(line, soft_wrap=True)
         sys.exit(2)
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import signal
+import socket
 import sys
+from collections.abc import Callable
 
 import uvicorn
 from fastapi import FastAPI
 
-DRAIN_GRACE_S = 10
-"""Open streams may take this long to end after SIGTERM before they are cut."""
+DRAIN_GRACE_S = 10.0
+"""Open requests may take this long to end by themselves after SIGTERM."""
+
+CUT_GRACE_S = 3
+"""After that they are ended with an error, and have this long to send it."""
 
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
@@ -21,12 +27,30 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+class _GracefulServer(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, end_open_requests: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._end_open_requests = end_open_requests
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(DRAIN_GRACE_S, self._end_open_requests)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+
 def serve_http(app: FastAPI, *, host: str, port: int) -> int:
-    """Serve `app` until SIGTERM or Ctrl-C, let open streams end, and return an exit status."""
+    """Serve `app` until SIGTERM or Ctrl-C, let open requests end, and return an exit status.
+
+    Those that have not ended by themselves when the grace is over are ended through
+    `app.state.end_open_requests`, so that every client hears how its request ended.
+    """
     # uvicorn raises the signal again when it has shut down; by then it has been obeyed.
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGINT, lambda *_: None)
-    server = uvicorn.Server(
+    server = _GracefulServer(
         uvicorn.Config(
             app,
             host=host,
@@ -35,8 +59,9 @@ def serve_http(app: FastAPI, *, host: str, port: int) -> int:
             http="httptools",
             log_config=None,
             access_log=False,
-            timeout_graceful_shutdown=DRAIN_GRACE_S,
-        )
+            timeout_graceful_shutdown=int(DRAIN_GRACE_S) + CUT_GRACE_S,
+        ),
+        app.state.end_open_requests,
     )
     server.run()
     return 0 if server.started else 1

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -17,12 +18,17 @@ import httpx
 from pydantic import BaseModel
 from rich.console import Console
 
-from orchestrator.command_line.deployment import DeploymentConfig
-from orchestrator.command_line.processes import DRAIN_GRACE_S
+from orchestrator.command_line.deployment import DeploymentConfig, local_url
+from orchestrator.command_line.processes import CUT_GRACE_S, DRAIN_GRACE_S
 from orchestrator.core.errors import ProServeError
 
 HEALTH_POLL_S = 0.1
-STOP_GRACE_S = DRAIN_GRACE_S + 15
+"""Pause between health checks while a service starts."""
+
+HEALTH_WATCH_S = 2.0
+"""Pause between health checks of a running service."""
+
+STOP_GRACE_S = DRAIN_GRACE_S + CUT_GRACE_S + 12
 """Time a service has to end after SIGTERM before it is killed; longer than it lets streams run."""
 
 
@@ -46,16 +52,17 @@ async def serve(config: DeploymentConfig, *, start_timeout_s: float, console: Co
         StartFailed: a service did not become healthy.
     """
     started_s = time.monotonic()
+    _check_ports_are_free(config)
     router_config = config.router_config()
     stopping = _stop_signal()
     async with contextlib.AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="proserve-serve-")))
         services = []
         for node in config.nodes:
-            url = f"http://{node.host}:{node.port}"
+            url = local_url(node.host, node.port)
             service = _run("node", node.endpoint_id, url, node, directory)
             services.append(await stack.enter_async_context(service))
-        url = f"http://{router_config.host}:{router_config.port}"
+        url = local_url(router_config.host, router_config.port)
         router = await stack.enter_async_context(
             _run("router", "router", url, router_config, directory)
         )
@@ -70,7 +77,7 @@ async def serve(config: DeploymentConfig, *, start_timeout_s: float, console: Co
         console.print(greeting, soft_wrap=True, highlight=False)
         ended = await _wait_for_end(services, router, stopping)
         if ended is not None:
-            console.print(f"[red]{ended} ended unexpectedly[/]; stopping")
+            console.print(f"[red]{ended} is gone[/], its log says why; stopping")
             return 1
         console.print("stopping")
     return 0
@@ -130,6 +137,8 @@ async def _wait_until_healthy(services: list[Service], timeout_s: float) -> None
                     if answer.status_code == httpx.codes.OK:
                         break
                     reason = answer.text
+                    if _is_final(answer):
+                        raise StartFailed(f"{service.name} cannot start: {_message(answer)}")
                 await asyncio.sleep(HEALTH_POLL_S)
 
 
@@ -155,7 +164,41 @@ async def _wait_for_end(
 
 
 async def _wait_for(service: Service) -> None:
-    await service.process.wait()
+    """Return when the process has ended, or says that it will never be healthy again."""
+    async with httpx.AsyncClient(timeout=5.0) as client:
+        while service.process.returncode is None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HEALTH_WATCH_S):
+                    await service.process.wait()
+            with contextlib.suppress(httpx.TransportError):
+                if _is_final(await client.get(f"{service.url}/health")):
+                    return
+
+
+def _is_final(answer: httpx.Response) -> bool:
+    """Return whether a health check says that waiting will not help."""
+    return answer.status_code != httpx.codes.OK and bool(answer.json().get("is_final"))
+
+
+def _message(answer: httpx.Response) -> str:
+    return str(answer.json()["message"])
+
+
+def _check_ports_are_free(config: DeploymentConfig) -> None:
+    for name, host, port in [
+        *((node.endpoint_id, node.host, node.port) for node in config.nodes),
+        ("router", config.router.host, config.router.port),
+    ]:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise StartFailed(
+                    f"{name} cannot listen on {host} port {port}: {error.strerror}; stop what "
+                    "listens there, or choose another in the deployment file"
+                ) from error
 
 
 def _stop_signal() -> asyncio.Future[None]:

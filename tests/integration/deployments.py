@@ -129,7 +129,8 @@ def is_alive(pid: int) -> bool:
 def _is_healthy(deployment: Deployment) -> bool:
     assert deployment.process.poll() is None, deployment.log.read_text()
     with contextlib.suppress(httpx.TransportError):
-        return httpx.get(f"{deployment.url}/health").status_code == httpx.codes.OK
+        urls = [*deployment.node_urls, deployment.url]
+        return all(httpx.get(f"{url}/health").status_code == httpx.codes.OK for url in urls)
     return False
 
 

@@ -6,6 +6,8 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
@@ -102,9 +104,31 @@ def test_nothing_survives_a_killed_serve(own_deployment_file: Path) -> None:
         until(lambda: not any(map(is_alive, children)), "its processes have ended")
 
 
-async def test_a_killed_engine_ends_its_streams_with_an_error(own_deployment_file: Path) -> None:
+async def test_stopping_lets_no_stream_end_without_a_word(own_deployment_file: Path) -> None:
+    """Far more tokens than the grace allows: after it the client hears why its stream ended."""
     with running(own_deployment_file) as deployment:
-        executor = deployment.children()[0]
+        body = {"model": MODEL, "prompt": "Once", "max_tokens": 8000, "stream": True}
+        async with (
+            httpx.AsyncClient(base_url=deployment.url, timeout=60) as client,
+            client.stream("POST", "/v1/completions", json=body | {"ignore_eos": True}) as answer,
+        ):
+            lines = answer.aiter_lines()
+            assert "text_completion" in await anext(lines)
+            deployment.process.terminate()
+            last_words = [line async for line in lines if line][-1]
+        status = deployment.process.wait(60)
+
+    assert "shutting down" in last_words
+    assert status == 0
+    assert "Traceback" not in deployment.log.read_text()
+
+
+async def test_a_killed_engine_costs_its_streams_and_nothing_else(
+    engine_dir: Path, tmp_path: Path
+) -> None:
+    """Two nodes; the first request goes to node-0, whose engine is killed in mid-stream."""
+    with running(write_deployment(tmp_path, engine_dir, num_nodes=2)) as deployment:
+        engines = deployment.children()[0::2][:2]
         async with openai.AsyncOpenAI(
             base_url=f"{deployment.url}/v1", api_key="x", max_retries=0
         ) as client:
@@ -113,17 +137,45 @@ async def test_a_killed_engine_ends_its_streams_with_an_error(own_deployment_fil
                 extra_body={"ignore_eos": True},
             )  # fmt: skip
             await anext(aiter(stream))
-            os.kill(executor, signal.SIGKILL)
+            os.kill(engines[0], signal.SIGKILL)
 
             with pytest.raises(openai.APIError, match="engine process ended with status -9"):
                 async for _ in stream:
                     pass
+            answer = await client.completions.create(model=MODEL, prompt="Once", max_tokens=2)
 
-        until(
-            lambda: httpx.get(f"{deployment.url}/health").status_code == 503,
-            "the router has no node left",
-        )
-        async with httpx.AsyncClient(base_url=deployment.url) as client:
-            answer = await client.post("/v1/completions", json={"model": MODEL, "prompt": "Once"})
-    assert answer.status_code == 503
-    assert "node-0" in answer.json()["error"]["message"]
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 2
+        os.kill(engines[1], signal.SIGKILL)
+        assert deployment.process.wait(60) == 1, "a service without nodes does not linger"
+
+
+@pytest.mark.parametrize(
+    ("node", "words"),
+    [({"max_num_batched_tokens": 40}, "min_chunk_tokens"), ({"max_model_len": 9999}, "8,192")],
+)
+def test_a_node_that_can_never_start_ends_serve_at_once(
+    engine_dir: Path, tmp_path: Path, node: dict[str, int], words: str
+) -> None:
+    path = write_deployment(tmp_path, engine_dir, node=node)
+
+    result = subprocess.run(
+        [sys.executable, "-m", "orchestrator.command_line.main", "serve", str(path)],
+        capture_output=True, text=True, check=False, timeout=100, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+
+    assert result.returncode == 2
+    assert "node-0 cannot start" in result.stderr
+    assert words in result.stderr.splitlines()[-1]
+
+
+def test_a_second_serve_on_the_same_ports_is_refused(deployment: Deployment) -> None:
+    path = deployment.log.with_suffix(".yaml")
+
+    result = subprocess.run(
+        [sys.executable, "-m", "orchestrator.command_line.main", "serve", str(path)],
+        capture_output=True, text=True, check=False, timeout=60, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+
+    assert result.returncode == 2
+    assert "node-0 cannot listen" in result.stderr
