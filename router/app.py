@@ -27,10 +27,12 @@ from router.errors import (
     error_answer,
     http_error_answer,
     refusal_of,
+    refuse_repeated_keys,
 )
 from router.generation import Generation, GenerationTools
 from router.metrics import CONTENT_TYPE, RouterMetrics
 from router.node_client import NodeClient
+from router.open_requests import OpenRequests
 from router.policy import LeastLoadPolicy, RoutingPolicy
 from router.responses import (
     AnswerFormat,
@@ -65,6 +67,7 @@ class RouterService:
         self.tokenizer = tokenizer
         self.clock = clock
         self.metrics = RouterMetrics()
+        self.open_requests = OpenRequests()
         self.created_s = int(time.time())
         self.client = NodeClient(
             connect_timeout_s=config.connect_timeout_s, stall_timeout_s=config.stall_timeout_s
@@ -90,6 +93,7 @@ class RouterService:
             tokenizer=tokenizer,
             metrics=self.metrics,
             clock=clock,
+            open_requests=self.open_requests,
         )
 
     def answer(
@@ -112,6 +116,7 @@ class RouterService:
 
         Raises:
             RequestRejected: it is too large, too slow, not JSON, or does not fit the schema.
+            NodeUnavailable: the router is shutting down.
         """
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type != "application/json":
@@ -121,8 +126,9 @@ class RouterService:
                 code="unsupported_media_type",
             )
         try:
-            async with asyncio.timeout(self.config.body_timeout_s):
-                body = await _read_body(request, self.config.max_body_bytes)
+            with self.open_requests.until_shutdown():
+                async with asyncio.timeout(self.config.body_timeout_s):
+                    content = await _read_body(request, self.config.max_body_bytes)
         except TimeoutError:
             raise Refused(
                 f"the body was not complete after {self.config.body_timeout_s:g} s",
@@ -130,9 +136,11 @@ class RouterService:
                 code="body_timeout",
             ) from None
         try:
-            return body_type.model_validate_json(body)
+            body = body_type.model_validate_json(content)
         except ValidationError as error:
             raise refusal_of(error, known_fields=list(body_type.model_fields)) from error
+        refuse_repeated_keys(content)
+        return body
 
 
 def create_app(
@@ -140,7 +148,9 @@ def create_app(
 ) -> FastAPI:
     """Return the router's ASGI application; its lifespan is that of the connections to nodes.
 
-    Without `tokenizer` the one of `config.engine_dir` is loaded.
+    Without `tokenizer` the one of `config.engine_dir` is loaded. `app.state.end_open_requests`
+    is for its server, to be called on its event loop: from then on every generation, those under
+    way and those to come, fails with NodeUnavailable.
 
     Raises:
         EngineDirectoryError: the engine directory has no usable tokenizer.
@@ -164,6 +174,7 @@ def create_app(
     app = FastAPI(
         title="ProServe router", lifespan=lifespan, openapi_url=None, redirect_slashes=False
     )
+    app.state.end_open_requests = service.open_requests.end_all
     app.add_middleware(AccessLog, clock=service.clock, metrics=service.metrics)
     _add_generation_routes(app, service)
     _add_information_routes(app, service)

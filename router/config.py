@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from orchestrator.core.slo import PriorityClass, Slo
+from router.schema import ObjectiveMs
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
 """Ends up in log lines, metric labels and headers."""
@@ -47,11 +48,11 @@ class ServiceClassConfig(BaseModel):
     """Gain of one output token delivered in time, relative to the other classes: larger is more
     valuable."""
 
-    ttft_ms: PositiveFloat | None = None
+    ttft_ms: ObjectiveMs | None = None
     """Objective for the first token, from the request's arrival, for requests that bring none of
     their own. None promises nothing."""
 
-    tpot_ms: PositiveFloat | None = None
+    tpot_ms: ObjectiveMs | None = None
     """Objective for each later token, after the one before it. None promises nothing."""
 
     def to_priority_class(self) -> PriorityClass:

@@ -103,8 +103,9 @@ def _failure(
         case FinishReason.ERROR:
             message = f"the engine of node {endpoint_id} failed: {event.error}"
             return EngineStepError(message, request_ids=[request_id])
-        case FinishReason.ABORT:
-            reason = event.error or "aborted"
-            return NodeUnavailable(f"node {endpoint_id} gave the request up: {reason}")
-        case _:
+        case FinishReason.ABORT | FinishReason.LOST as reason:
+            # No client of ours aborts by event, so both say that the node will not go on.
+            message = f"node {endpoint_id} gave the request up: {event.error or reason.value}"
+            return NodeUnavailable(message)
+        case None | FinishReason.STOP | FinishReason.LENGTH:
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ from orchestrator.wire import GenerateRequest
 from router.access import RequestRecord
 from router.dispatch import Dispatcher
 from router.metrics import ClassMetrics, RouterMetrics
+from router.open_requests import OpenRequests
 from router.output import OutputAssembler, OutputDelta
 from router.policy import RoutingRequest
 from router.responses import Usage
@@ -34,6 +35,7 @@ class GenerationTools:
     tokenizer: Tokenizer
     metrics: RouterMetrics
     clock: Clock
+    open_requests: OpenRequests
 
 
 class Generation:
@@ -60,6 +62,10 @@ class Generation:
         return Usage(
             num_prompt_tokens, num_completion_tokens, num_prompt_tokens + num_completion_tokens
         )
+
+    def until_shutdown(self) -> AbstractContextManager[None]:
+        """Return what to read `deltas` in: `OpenRequests.until_shutdown`."""
+        return self._tools.open_requests.until_shutdown()
 
     def deltas(self) -> AsyncGenerator[tuple[int, Sequence[OutputDelta]]]:
         """Yield (choice, what it gains) as it comes; close it to abort everything.

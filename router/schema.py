@@ -23,7 +23,13 @@ MAX_SEED = 2**63 - 1
 MAX_TOP_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
+MIN_OBJECTIVE_MS = 0.001
+"""No clock here sees less; far smaller values would be 0 in seconds."""
+
 MAX_OBJECTIVE_MS = 3_600_000
+MIN_REPETITION_PENALTY = 0.01
+MAX_REPETITION_PENALTY = 100
+"""Logits are multiplied or divided by it, and have to stay finite."""
 
 
 def refused_unless(*harmless: object) -> AfterValidator:
@@ -123,13 +129,16 @@ class Message(Body):
         return "".join(part.text for part in self.content)
 
 
+ObjectiveMs = Annotated[float, Field(ge=MIN_OBJECTIVE_MS, le=MAX_OBJECTIVE_MS)]
+
+
 class SloBody(Body):
     """Latency objectives of one request; what is absent comes from its class."""
 
-    ttft_ms: Annotated[float, Field(gt=0, le=MAX_OBJECTIVE_MS)] | None = None
+    ttft_ms: ObjectiveMs | None = None
     """From arrival to the first token."""
 
-    tpot_ms: Annotated[float, Field(gt=0, le=MAX_OBJECTIVE_MS)] | None = None
+    tpot_ms: ObjectiveMs | None = None
     """Between consecutive tokens."""
 
 
@@ -208,7 +217,9 @@ class GenerationBody(Body):
 
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: (
+        Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None
+    ) = None
     """1 changes nothing."""
 
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None

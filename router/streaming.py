@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import msgspec
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from orchestrator.core.errors import ProServeError
 from router.access import RequestRecord
@@ -65,10 +65,13 @@ class WholeAnswer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the generation and send what it gives."""
-        async with while_client_stays(receive, self._record):
+        async with (
+            while_client_stays(receive, self._record),
+            aclosing(self._generation.deltas()) as deltas,
+        ):
             num_tokens = 0
             outputs = [ChoiceOutput("", [], "") for _ in range(self._head.num_choices)]
-            async with aclosing(self._generation.deltas()) as deltas:
+            with self._generation.until_shutdown():
                 async for index, gained in deltas:
                     output = outputs[index]
                     output.text += "".join(delta.text for delta in gained)
@@ -123,20 +126,29 @@ class EventStream(Response):
             while_client_stays(receive, self._record),
             aclosing(self._generation.deltas()) as deltas,
         ):
-            first = await anext(deltas)
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await _send_body(send, self._events(*first))
+            has_begun = False
             try:
-                async for index, gained in deltas:
-                    events = self._events(index, gained)
-                    if events:
+                with self._generation.until_shutdown():
+                    async for index, gained in deltas:
+                        events = self._events(index, gained)
+                        if not has_begun:
+                            await send(self._start)
+                            has_begun = True
+                        elif not events:
+                            continue
                         await _send_body(send, events)
                 last = self._last_events()
             except ProServeError as error:
+                if not has_begun:
+                    raise
                 _, answer = error_answer(error)
                 self._record.error = answer.error.code or answer.error.type
                 last = _event(answer)
             await _send_body(send, last, is_last=True)
+
+    @property
+    def _start(self) -> Message:
+        return {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
 
     def _events(self, index: int, gained: Sequence[OutputDelta]) -> bytes:
         events = []

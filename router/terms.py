@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -10,8 +9,8 @@ from starlette.datastructures import Headers
 
 from orchestrator.core.slo import PriorityClass, Slo
 from router.config import ServiceClassConfig
-from router.errors import Refused
-from router.schema import MAX_OBJECTIVE_MS, GenerationBody, SloBody
+from router.errors import Refused, cut
+from router.schema import MAX_OBJECTIVE_MS, MIN_OBJECTIVE_MS, GenerationBody, SloBody
 
 PRIORITY_HEADER = "X-ProServe-Priority"
 TTFT_HEADER = "X-ProServe-TTFT-MS"
@@ -41,7 +40,7 @@ class ServiceTerms:
         if priority_class is None:
             field = "priority" if body.priority is not None else PRIORITY_HEADER
             raise Refused(
-                f"{field} is {name!r}, it must be one of: {', '.join(self._classes)}",
+                f"{field} is {cut(repr(name))}, it must be one of: {', '.join(self._classes)}",
                 field=field,
                 code="invalid_value",
             )
@@ -58,7 +57,7 @@ def agreed(*named_values: tuple[str, T | None]) -> T | None:
     for name, value in given[1:]:
         if value != given[0][1]:
             raise Refused(
-                f"{given[0][0]} is {given[0][1]!r} and {name} is {value!r}; "
+                f"{given[0][0]} is {cut(repr(given[0][1]))} and {name} is {cut(repr(value))}; "
                 "send one of them, or the same value",
                 field=given[0][0],
                 code="contradiction",
@@ -80,16 +79,20 @@ def _header(headers: Headers, name: str, parse: Callable[[str], T]) -> tuple[str
         return name, parse(values[0])
     except ValueError as error:
         raise Refused(
-            f"{name} is {values[0][:64]!r}, it must be {error}", field=name, code="invalid_value"
+            f"{name} is {cut(repr(values[0]))}, it must be {error}",
+            field=name,
+            code="invalid_value",
         ) from error
 
 
 def _objective_ms(text: str) -> float:
-    expected = f"a number of milliseconds above 0 and at most {MAX_OBJECTIVE_MS}"
+    expected = (
+        f"a number of milliseconds, at least {MIN_OBJECTIVE_MS} and at most {MAX_OBJECTIVE_MS}"
+    )
     try:
         value = float(text)
     except ValueError:
         raise ValueError(expected) from None
-    if not (math.isfinite(value) and 0 < value <= MAX_OBJECTIVE_MS):
+    if not MIN_OBJECTIVE_MS <= value <= MAX_OBJECTIVE_MS:  # NaN is not either.
         raise ValueError(expected)
     return value

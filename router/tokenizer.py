@@ -24,6 +24,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from orchestrator.core.errors import EngineDirectoryError, RequestRejected
+from router.engine_files import read_object, read_text, stored_eos_token_ids
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -41,14 +42,20 @@ class Tokenizer:
     """The tokenizer of one model. Immutable; any thread may use it."""
 
     def __init__(
-        self, tokenizer_json: str, *, chat_template: str | None, special_tokens: Mapping[str, str]
+        self,
+        tokenizer_json: str,
+        *,
+        chat_template: str | None,
+        special_tokens: Mapping[str, str],
+        eos_token_ids: Sequence[int] | None = None,
     ) -> None:
         """Take the text of `tokenizer.json`.
 
-        `special_tokens` are the names that a template may use, such as `bos_token`.
+        `special_tokens` are the names that a template may use, such as `bos_token`. Without
+        `eos_token_ids` the one of `eos_token` ends an answer.
 
         Raises:
-            ValueError: the tokenizer is not a byte-level one, or `eos_token` is not among its
+            ValueError: the tokenizer is not a byte-level one, or an end token is not among its
                 tokens.
             jinja2.TemplateSyntaxError: the template cannot be parsed.
         """
@@ -81,10 +88,15 @@ class Tokenizer:
         self.vocab_size = max(tokens) + 1
         """Every token id is below this."""
 
-        eos_token_id = self._tokenizer.token_to_id(special_tokens.get("eos_token", ""))
-        if eos_token_id is None:
-            raise ValueError(f"eos_token {special_tokens.get('eos_token')!r} is not in it")
-        self.eos_token_ids: tuple[int, ...] = (eos_token_id,)
+        if eos_token_ids is None:
+            eos_token_id = self._tokenizer.token_to_id(special_tokens.get("eos_token", ""))
+            if eos_token_id is None:
+                raise ValueError(f"eos_token {special_tokens.get('eos_token')!r} is not in it")
+            eos_token_ids = [eos_token_id]
+        for token_id in eos_token_ids:
+            if token_id not in tokens:
+                raise ValueError(f"end token {token_id} is not in it")
+        self.eos_token_ids = tuple(eos_token_ids)
         """Tokens with which the model ends an answer."""
 
     @classmethod
@@ -94,10 +106,10 @@ class Tokenizer:
         Raises:
             EngineDirectoryError: a file is missing, damaged, or of an unsupported kind.
         """
-        config = _read_config(engine_dir / TOKENIZER_CONFIG_FILE)
+        config = read_object(engine_dir / TOKENIZER_CONFIG_FILE)
         chat_template = config.get("chat_template")
         if (engine_dir / CHAT_TEMPLATE_FILE).exists():
-            chat_template = _read_text(engine_dir / CHAT_TEMPLATE_FILE)
+            chat_template = read_text(engine_dir / CHAT_TEMPLATE_FILE)
         if not isinstance(chat_template, str | None):
             raise EngineDirectoryError(
                 f"{engine_dir / TOKENIZER_CONFIG_FILE}: chat_template must be one template, "
@@ -109,9 +121,14 @@ class Tokenizer:
             if name.endswith("_token") and isinstance(token, str | dict)
         }
         path = engine_dir / TOKENIZER_FILE
-        tokenizer_json = _read_text(path)
+        tokenizer_json = read_text(path)
         try:
-            return cls(tokenizer_json, chat_template=chat_template, special_tokens=special_tokens)
+            return cls(
+                tokenizer_json,
+                chat_template=chat_template,
+                special_tokens=special_tokens,
+                eos_token_ids=stored_eos_token_ids(engine_dir),
+            )
         except jinja2.TemplateSyntaxError as error:
             raise EngineDirectoryError(f"{engine_dir}: chat template: {error}") from error
         except ValueError as error:
@@ -366,20 +383,3 @@ def _load(described: Mapping[str, Any]) -> tokenizers.Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EngineDirectoryError(f"{path} cannot be read: {error}") from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise EngineDirectoryError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise EngineDirectoryError(f"{path} must be a JSON object")
-    return config

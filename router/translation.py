@@ -15,7 +15,7 @@ from orchestrator.core.request import SamplingParams
 from orchestrator.core.slo import PriorityClass, Slo
 from router.config import RouterConfig
 from router.endpoints import EndpointPool
-from router.errors import Refused
+from router.errors import Refused, cut
 from router.schema import (
     MAX_SEED,
     ChatCompletionBody,
@@ -161,8 +161,8 @@ class Translator:
         limit = self._config.max_sequences_per_request
         if len(prompts) * num_choices > limit:
             raise Refused(
-                f"n is {num_choices:,} and there are {len(prompts):,} prompts: together "
-                f"{len(prompts) * num_choices:,} answers, one request may ask for {limit:,}",
+                f"n is {cut(f'{num_choices:,}')} and there are {len(prompts):,} prompts; one "
+                f"request may ask for {limit:,} answers together",
                 field="n",
             )
         self._check_token_ids(body, prompts)
@@ -238,8 +238,9 @@ class Translator:
             is_new_name = isinstance(body, ChatCompletionBody) and body.max_tokens is None
             field = "max_completion_tokens" if is_new_name else "max_tokens"
             raise Refused(
-                f"{field} is {asked:,} and the prompt has {num_prompt_tokens:,} tokens, the model "
-                f"takes {limit:,} together; ask for at most {limit - num_prompt_tokens:,}",
+                f"{field} is {cut(f'{asked:,}')} and the prompt has {num_prompt_tokens:,} tokens, "
+                f"the model takes {limit:,} together; ask for at most "
+                f"{limit - num_prompt_tokens:,}",
                 field=field,
                 code="context_length_exceeded",
             )
@@ -280,9 +281,8 @@ def choice_seed(seed: int | None, choice: int) -> int:
 
 def model_not_found(asked: str, *, served: str) -> Refused:
     """Return the refusal of a model that is not served here."""
-    shown = asked if len(asked) <= 128 else f"{asked[:128]}..."
     return Refused(
-        f"the model {shown!r} does not exist here, {served!r} does",
+        f"the model {cut(repr(asked))} does not exist here, {served!r} does",
         field="model",
         status=404,
         code="model_not_found",

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import tokenizers
+from fastapi import FastAPI
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from router.app import create_app
@@ -36,6 +37,11 @@ class RunningRouter:
     url: str
     http: httpx.Client
     server: RunningServer
+    app: FastAPI
+
+    def end_open_requests(self) -> None:
+        """Do what the router's server does when its time to shut down runs out."""
+        self.server.call_soon(self.app.state.end_open_requests)
 
     def chat(self, **changes: Any) -> httpx.Response:
         """Ask /v1/chat/completions, with a valid body but for `changes`."""
@@ -103,13 +109,14 @@ def start_router(engine_dir: Path, tokenizer: Tokenizer) -> RouterFactory:
             nodes=tuple(EndpointConfig(endpoint_id=i, url=url) for i, url in nodes),
             **{"snapshot_poll_interval_s": 0.02, **settings},
         )
+        app = create_app(config, tokenizer=used_tokenizer)
         with (
-            RunningServer(create_app(config, tokenizer=used_tokenizer)) as server,
+            RunningServer(app) as server,
             httpx.Client(
                 base_url=server.url, timeout=DEADLINE_S, trust_env=False, verify=False
             ) as http,
         ):
-            yield RunningRouter(server.url, http, server)
+            yield RunningRouter(server.url, http, server, app)
 
     return start
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -48,8 +49,11 @@ class _Server(uvicorn.Server):
     async def main_loop(self) -> None:
         await self._must_end.wait()  # uvicorn's own looks ten times a second.
 
+    def call_soon(self, function: Callable[[], object]) -> None:
+        self._loop.call_soon_threadsafe(function)
+
     def end(self) -> None:
-        self._loop.call_soon_threadsafe(self._must_end.set)
+        self.call_soon(self._must_end.set)
 
 
 class RunningServer:
@@ -87,6 +91,10 @@ class RunningServer:
         traceback: TracebackType | None,
     ) -> None:
         self._stop()
+
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Have `function` called on the event loop of the server."""
+        self._server.call_soon(function)
 
     def kill(self) -> None:
         """Stop at once and cut all connections, as a dying process does."""

@@ -54,7 +54,9 @@ COMMON_CASES = [
     case("min_p above 1", {"min_p": 2}, "min_p", "at most 1"),
     case("presence penalty", {"presence_penalty": 3}, "presence_penalty", "3", "at most 2"),
     case("frequency penalty", {"frequency_penalty": -3}, "frequency_penalty", "at least -2"),
-    case("repetition penalty", {"repetition_penalty": 0}, "repetition_penalty", "above 0"),
+    case("repetition penalty", {"repetition_penalty": 0}, "repetition_penalty", "at least 0.01"),
+    case("tiny repetition penalty", {"repetition_penalty": 1e-40}, "repetition_penalty", "1e-40"),
+    case("high repetition penalty", {"repetition_penalty": 101}, "repetition_penalty", "at most"),
     case("n of 0", {"n": 0}, "n", "0", "at least 1"),
     case("n too high", {"n": 129}, "n", "129", "128"),
     case("n as fraction", {"n": 1.5}, "n", "1.5", "whole number", code="invalid_type"),
@@ -113,7 +115,8 @@ COMMON_CASES = [
     case("unknown parameter", {"<x>": 1}, "<x>", "unknown parameter", code="unknown_parameter"),
     case("unknown priority", {"priority": "vip"}, "priority", "'vip'", "high, normal, low"),
     case("priority as number", {"priority": 1}, "priority", "1", "a string"),
-    case("objective of 0", {"slo": {"ttft_ms": 0}}, "slo.ttft_ms", "above 0"),
+    case("objective of 0", {"slo": {"ttft_ms": 0}}, "slo.ttft_ms", "at least 0.001"),
+    case("objective of no time", {"slo": {"ttft_ms": 5e-324}}, "slo.ttft_ms", "5e-324", "0.001"),
     case("objective too long", {"slo": {"tpot_ms": 1e9}}, "slo.tpot_ms", "at most 3600000"),
     case("unknown objective", {"slo": {"e2e_ms": 1}}, "slo.e2e_ms", "unknown parameter"),
     case("objectives of a wrong type", {"slo": 5}, "slo", "5", "an object"),
@@ -236,7 +239,7 @@ COMPLETION_CASES = [
         "shorten",
         code="context_length_exceeded",
     ),
-    case("too many sequences", {"prompt": ["Hi"] * 65, "n": 2}, "n", "130", "128"),
+    case("too many sequences", {"prompt": ["Hi"] * 65, "n": 2}, "n", "65", "128"),
     case("echo with logprobs", {"echo": True, "logprobs": 1}, "echo", "logprobs"),
     case("suffix", {"suffix": "."}, "suffix", "not supported", code="unsupported_parameter"),
     case("best_of", {"best_of": 2}, "best_of", "not supported", code="unsupported_parameter"),
@@ -324,6 +327,74 @@ def test_a_number_that_is_none_is_refused(quiet_router: RunningRouter, number: s
     check_refusal(response, 400, "temperature", None, ("finite",))
 
 
+@pytest.mark.parametrize(
+    ("body", "key"),
+    [
+        pytest.param('{"model": "tiny", "prompt": "Hi", "prompt": "Ho"}', "prompt", id="body"),
+        pytest.param('{"model": "tiny", "prompt": "Hi", "n": 9, "\\u006e": 1}', "n", id="escaped"),
+        pytest.param(
+            '{"model": "tiny", "prompt": "Hi", "slo": {"ttft_ms": 1, "ttft_ms": 2}}',
+            "ttft_ms",
+            id="inner object",
+        ),
+    ],
+)
+def test_a_key_that_comes_twice_is_refused(
+    quiet_router: RunningRouter, body: str, key: str
+) -> None:
+    """A parser would take the last value and say nothing."""
+    response = quiet_router.http.post(
+        "/v1/completions", content=body, headers={"content-type": "application/json"}
+    )
+
+    check_refusal(response, 400, key, "contradiction", (f"'{key}'", "twice"))
+
+
+def test_keys_may_come_again_in_other_objects_and_in_texts(quiet_router: RunningRouter) -> None:
+    response = quiet_router.chat(messages=[USER, {**USER, "content": '{"a": 1, "a": 2}'}])
+
+    assert response.status_code == 200
+
+
+ENDLESS_NUMBER = 10**4_200
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"n": ENDLESS_NUMBER}, "n"),
+        # Together with the number of prompts it has more digits than Python will print.
+        ({"n": 10**4_299, "prompt": ["Hi"] * 100}, "n"),
+        ({"max_tokens": ENDLESS_NUMBER}, "max_tokens"),
+        ({"top_k": ENDLESS_NUMBER}, "top_k"),
+        ({"temperature": ENDLESS_NUMBER}, "temperature"),
+        ({"model": "m" * 4_200}, "model"),
+        ({"priority": "p" * 4_200}, "priority"),
+        ({"stop": "\x01" * 300}, "stop"),
+        ({"stream": "\U0010ffff" * 64}, "stream"),
+        ({"p" * 4_200: 1}, None),
+    ],
+)
+def test_a_huge_value_is_not_repeated_whole(
+    quiet_router: RunningRouter, changes: dict[str, Any], param: str | None
+) -> None:
+    response = quiet_router.complete(**changes)
+
+    error = response.json()["error"]
+    assert response.status_code in {400, 404}
+    assert param is None or error["param"] == param
+    assert len(error["message"]) < 250, error["message"]
+
+
+def test_two_huge_values_that_disagree_are_not_repeated_whole(quiet_router: RunningRouter) -> None:
+    limits = {"max_tokens": ENDLESS_NUMBER, "max_completion_tokens": ENDLESS_NUMBER + 1}
+
+    response = quiet_router.chat(**limits)
+
+    check_refusal(response, 400, "max_tokens", "contradiction", ("max_completion_tokens",))
+    assert len(response.json()["error"]["message"]) < 350
+
+
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", ""])
 def test_a_body_of_another_type_is_refused(quiet_router: RunningRouter, content_type: str) -> None:
     response = quiet_router.http.post(
@@ -338,7 +409,8 @@ def test_a_body_of_another_type_is_refused(quiet_router: RunningRouter, content_
     [
         ({"X-ProServe-Priority": "vip"}, {}, "X-ProServe-Priority", ("'vip'", "high")),
         ({"X-ProServe-TTFT-MS": "soon"}, {}, "X-ProServe-TTFT-MS", ("'soon'", "milliseconds")),
-        ({"X-ProServe-TTFT-MS": "-1"}, {}, "X-ProServe-TTFT-MS", ("'-1'", "above 0")),
+        ({"X-ProServe-TTFT-MS": "-1"}, {}, "X-ProServe-TTFT-MS", ("'-1'", "at least 0.001")),
+        ({"X-ProServe-TPOT-MS": "1e-323"}, {}, "X-ProServe-TPOT-MS", ("'1e-323'", "0.001")),
         ({"X-ProServe-TPOT-MS": "nan"}, {}, "X-ProServe-TPOT-MS", ("'nan'",)),
         ({"X-ProServe-Priority": "low"}, {"priority": "high"}, "priority", ("'low'", "'high'")),
         (

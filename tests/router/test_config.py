@@ -53,8 +53,13 @@ def test_a_node_address_loses_its_last_slash() -> None:
         ),
         pytest.param(
             {"classes": [{"name": "normal", "weight": 1, "ttft_ms": 0}]},
-            "greater than 0",
+            "greater than or equal to 0.001",
             id="objective",
+        ),
+        pytest.param(
+            {"classes": [{"name": "normal", "weight": 1, "tpot_ms": 1e-323}]},
+            "greater than or equal to 0.001",
+            id="objective that is 0 in seconds",
         ),
     ],
 )

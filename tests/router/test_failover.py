@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from orchestrator.core.request import FinishReason
 from orchestrator.wire import TokenEvent
 from router.tokenizer import Tokenizer
 from tests.router import sse
@@ -15,6 +16,8 @@ from tests.router.servers import bound_socket, http_post
 
 SLOW_POLLS = {"snapshot_poll_interval_s": 1000, "max_snapshot_age_s": 2000}
 """Only the poll at the start: nodes look as they did then."""
+
+LOST = TokenEvent(finish_reason=FinishReason.LOST, error="the engine process died")
 
 
 @pytest.fixture
@@ -71,6 +74,7 @@ def test_requests_under_way_count_before_any_snapshot_shows_them(
         pytest.param([Drop()], id="connection lost"),
         pytest.param([Raw(b"")], id="ends at once"),
         pytest.param([Raw(b"what?\n")], id="says something foreign"),
+        pytest.param([LOST], id="loses the request"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -147,12 +151,32 @@ def test_attempts_are_bounded(pair: tuple[FakeNode, FakeNode], start_router: Rou
     assert second.requests == []
 
 
+def test_a_node_that_loses_a_request_counts_as_failed(
+    pair: tuple[FakeNode, FakeNode], start_router: RouterFactory
+) -> None:
+    first, second = pair
+    first.script = lambda _: [LOST]
+
+    with start_router(addresses(*pair), **SLOW_POLLS) as router:
+        router.complete()
+        router.complete()
+
+        assert router.metric('proserve_router_upstream_errors_total{endpoint_id="node-a"}') == 1
+        health = router.http.get("/health").json()["nodes"]
+        assert "the engine process died" in health["node-a"]
+    assert (len(first.requests), len(second.requests)) == (1, 2)
+
+
+@pytest.mark.parametrize("ending", [Drop(), LOST])
 def test_after_a_token_no_other_node_is_tried(
-    pair: tuple[FakeNode, FakeNode], start_router: RouterFactory, hello: list[int]
+    pair: tuple[FakeNode, FakeNode],
+    start_router: RouterFactory,
+    hello: list[int],
+    ending: Step,
 ) -> None:
     """The answer in one piece has no text yet either, but a second run could say other things."""
     first, second = pair
-    first.script = lambda _: [TokenEvent((hello[0],)), Drop()]
+    first.script = lambda _: [TokenEvent((hello[0],)), ending]
 
     with start_router(addresses(*pair), **SLOW_POLLS) as router:
         response = router.complete()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +169,28 @@ def test_prompt_and_answer_may_fill_the_context(router: RunningRouter) -> None:
 
     assert response.status_code == 200
     assert router.complete(prompt=[5] * 200, max_tokens=57).status_code == 400
+
+
+def test_an_answer_ends_at_every_end_token_of_the_engine(
+    node: FakeNode,
+    start_router: RouterFactory,
+    engine_dir: Path,
+    hello: list[int],
+    tmp_path: Path,
+) -> None:
+    """The manifest of the real engine says so: `<|im_end|>` and `<|endoftext|>`."""
+    directory = Path(shutil.copytree(engine_dir, tmp_path / "engine"))
+    (directory / "manifest.json").write_text(json.dumps({"eos_token_ids": [2, 0]}))
+    node.script = saying([*hello[:-1], 0])
+
+    with start_router(
+        [(node.endpoint_id, node.url)], tokenizer=Tokenizer.from_engine_dir(directory)
+    ) as router:
+        choice = router.complete().json()["choices"][0]
+
+    assert node.requests[0].sampling.stop_token_ids == (2, 0)
+    assert choice["text"] == "Hello there"
+    assert choice["finish_reason"] == "stop"
 
 
 def test_end_tokens_can_be_ignored(router: RunningRouter, node: FakeNode) -> None:

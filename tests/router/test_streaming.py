@@ -268,6 +268,12 @@ def test_a_connection_to_the_node_is_kept_after_a_finished_answer(
             "gave the request up",
             id="aborted by the node",
         ),
+        pytest.param(
+            TokenEvent(finish_reason=FinishReason.LOST, error="the engine process died"),
+            "node_unavailable",
+            "the engine process died",
+            id="lost by the node",
+        ),
         pytest.param(Raw(b""), "node_unavailable", "before the request's end", id="ends early"),
         pytest.param(Raw(b"{]\n"), "node_unavailable", "foreign answer", id="not JSON"),
         pytest.param(Raw(b'{"new_'), "node_unavailable", "middle of a line", id="half a line"),

@@ -245,6 +245,36 @@ def test_the_end_of_an_answer_is_the_models_own(tokenizer: Tokenizer) -> None:
     assert not tokenizer.is_special(100)
 
 
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        pytest.param(
+            {"manifest.json": {"eos_token_ids": [2, 0]}, "config.json": {"eos_token_id": 1}},
+            (2, 0),
+            id="the manifest goes first",
+        ),
+        pytest.param({"config.json": {"eos_token_id": [2, 0, 2]}}, (2, 0), id="several in config"),
+        pytest.param({"config.json": {"eos_token_id": 0}}, (0,), id="one in config"),
+        pytest.param(
+            {"manifest.json": {}, "config.json": {"eos_token_id": None}},
+            (END_OF_TURN,),
+            id="none anywhere",
+        ),
+    ],
+)
+def test_the_ends_of_an_answer_are_those_of_the_engine_directory(
+    files: dict[str, object], expected: tuple[int, ...], tmp_path: Path
+) -> None:
+    write_tiny_tokenizer(tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+
+    tokenizer = Tokenizer.from_engine_dir(tmp_path)
+
+    assert tokenizer.eos_token_ids == expected
+    assert tokenizer.decode([*expected, 100]) == tokenizer.token_text(100)
+
+
 def test_special_tokens_are_added_where_the_tokenizer_says_so(engine_dir: Path) -> None:
     library = LibraryTokenizer.from_file(str(engine_dir / "tokenizer.json"))
     library.post_processor = processors.TemplateProcessing(
@@ -282,13 +312,18 @@ def test_a_template_file_goes_before_the_one_in_the_config(tmp_path: Path) -> No
         ("tokenizer_config.json", "{}", "eos_token"),
         ("tokenizer_config.json", '{"chat_template": []}', "chat_template"),
         ("tokenizer_config.json", '{"chat_template": "{% if %}"}', "chat template"),
+        ("manifest.json", "[]", "object"),
+        ("manifest.json", '{"eos_token_ids": []}', "at least one"),
+        ("manifest.json", '{"eos_token_ids": [true]}', "must be token ids"),
+        ("manifest.json", '{"eos_token_ids": [999999]}', "end token 999999"),
+        ("config.json", '{"eos_token_id": "<|im_end|>"}', "must be token ids"),
     ],
 )
 def test_a_damaged_directory_is_refused(
     name: str, content: str | None, reason: str, tmp_path: Path
 ) -> None:
     write_tiny_tokenizer(tmp_path)
-    (tmp_path / name).unlink()
+    (tmp_path / name).unlink(missing_ok=True)
     if content is not None:
         (tmp_path / name).write_text(content, encoding="utf-8")
 
