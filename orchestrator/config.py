@@ -6,35 +6,14 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, model_validator
-from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from orchestrator.core.baselines import SarathiOptions
-from orchestrator.core.deadline_scheduler import DeadlineOptions
 from orchestrator.core.scheduler_factory import SchedulerName, SchedulerOptions, options_type
-from orchestrator.core.slide_batching import SlideBatchingOptions
+from orchestrator.scheduler_config import DeadlineSection, SarathiSection, SlideBatchingSection
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 EndpointId = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")]
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-_STRICT_DATACLASS = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-
-@pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
-class SlideBatchingSection(SlideBatchingOptions):
-    """Parameters of the scheduler `slide-batching`."""
-
-
-@pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
-class DeadlineSection(DeadlineOptions):
-    """Parameters of the other schedulers with a time budget."""
-
-
-@pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
-class SarathiSection(SarathiOptions):
-    """Parameters of the schedulers with a token budget."""
 
 
 class TorchEngineConfig(BaseModel):

@@ -35,6 +35,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     "orchestrator.simulation": (
         "orchestrator.core",
+        "orchestrator.scheduler_config",
         "orchestrator.simulation",
         "engines.simulated",
         "engines.host_link",

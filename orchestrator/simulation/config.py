@@ -17,12 +17,10 @@ from pydantic import (
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from engines.simulated import StepTimeError
-from orchestrator.core.baselines import SarathiOptions
-from orchestrator.core.deadline_scheduler import DeadlineOptions
 from orchestrator.core.latency import LatencyProfile
 from orchestrator.core.ports import EngineCapabilities
-from orchestrator.core.slide_batching import SlideBatchingOptions
 from orchestrator.core.slo import GainWeights, PriorityClass, Slo
+from orchestrator.scheduler_config import DeadlineSection, SarathiSection, SlideBatchingSection
 from orchestrator.simulation.trace import Burst
 from orchestrator.simulation.workload import ClassShare, PrioritiesPer
 
@@ -31,21 +29,6 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,61}$")]
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 _STRICT_DATACLASS = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-
-@pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
-class SlideBatchingSection(SlideBatchingOptions):
-    """SlideBatching's parameters; see `SlideBatchingOptions`."""
-
-
-@pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
-class DeadlineSection(DeadlineOptions):
-    """Parameters of the other schedulers with a time budget; see `DeadlineOptions`."""
-
-
-@pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
-class SarathiSection(SarathiOptions):
-    """Parameters of schedulers with a token budget; see `SarathiOptions`."""
 
 
 @pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)

@@ -7,7 +7,7 @@ import yaml
 
 from orchestrator.command_line.config_reference import description, fields_of, models, render
 from orchestrator.command_line.deployment import DeploymentConfig
-from orchestrator.config import SlideBatchingSection
+from orchestrator.scheduler_config import SlideBatchingSection
 from orchestrator.yaml_config import load_yaml_model
 
 ROOT = Path(__file__).parents[3]

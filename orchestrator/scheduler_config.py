@@ -1,0 +1,27 @@
+"""The options of schedulers as sections of YAML files: those of nodes and of simulations."""
+
+from __future__ import annotations
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from orchestrator.core.baselines import SarathiOptions
+from orchestrator.core.deadline_scheduler import DeadlineOptions
+from orchestrator.core.slide_batching import SlideBatchingOptions
+
+_STRICT_DATACLASS = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+@pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
+class SlideBatchingSection(SlideBatchingOptions):
+    """Parameters of the scheduler `slide-batching`."""
+
+
+@pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
+class DeadlineSection(DeadlineOptions):
+    """Parameters of the other schedulers with a time budget."""
+
+
+@pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
+class SarathiSection(SarathiOptions):
+    """Parameters of the schedulers with a token budget."""
