@@ -80,12 +80,16 @@ def cost_s(num_queued: int, num_steps: int) -> tuple[float, float]:
     scheduler = SlideBatchingScheduler(CAPABILITIES, BatchLatencyModel(PROFILE))
     now_s = 0.0
     for index in range(NUM_RUNNING):
-        scheduler.add_request(make_request(f"r{index}", num_prompt_tokens=300, arrival_s=0.0))
+        scheduler.add_request(
+            make_request(f"r{index}", num_prompt_tokens=300, arrival_s=index * 1e-4)
+        )
     while scheduler.load().num_decoding < NUM_RUNNING:
         _, now_s, _ = run_step(scheduler, now_s)
     for index in range(num_queued):
         scheduler.add_request(
-            make_request(f"q{index}", num_prompt_tokens=200 + index % 2000, arrival_s=now_s)
+            make_request(
+                f"q{index}", num_prompt_tokens=200 + index % 2000, arrival_s=now_s + index * 1e-4
+            )
         )
     times_s = []
     for _ in range(num_steps):

@@ -133,12 +133,14 @@ class BatchScheduler(ABC):
         preempted_ids: set[str] = set()
         skipped: dict[str, str] = {}
         is_decode = self._table.is_decode_step
+        block_size_tokens = self._kv.block_size_tokens
         num_reserved = (1 - ranking.rules.admission_kv_fraction) * self._kv.num_device_blocks
+        block_ids: Sequence[int] | None
         for row in order:
             if step.is_full or len(skipped) >= self._scan_limit:
                 break
             request = self._table.requests[row]
-            if request.request_id in preempted_ids:
+            if preempted_ids and request.request_id in preempted_ids:
                 continue
             if self._kv.num_free_device_blocks < num_reserved and not self._table.num_blocks[row]:
                 skipped[request.request_id] = "KV memory is nearly full"
@@ -152,7 +154,10 @@ class BatchScheduler(ABC):
             if num_tokens == 0:
                 skipped[request.request_id] = "too little time or room in this step"
                 continue
-            block_ids = self._blocks(row, num_tokens, order, now_s, preempted_ids)
+            if cost_s is not None and request.num_computed_tokens % block_size_tokens:
+                block_ids = self._kv.block_ids(request.spec.request_id)  # its last block has room
+            else:
+                block_ids = self._blocks(row, num_tokens, order, now_s, preempted_ids)
             if block_ids is None:
                 skipped[request.request_id] = "no KV blocks"
                 continue
@@ -196,8 +201,8 @@ class BatchScheduler(ABC):
                     RequestEvent(request_id, finish_reason=FinishReason.ERROR, error=error)
                 )
                 continue
-            was_decode = is_decode_step(request)
             is_sampled = part.is_sampled
+            was_decode = is_sampled and part.num_new_tokens == 1 and request.is_decoding
             request.num_computed_tokens += part.num_new_tokens
             if is_sampled:
                 event = self._accept_tokens(request, output, now_s)

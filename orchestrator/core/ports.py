@@ -68,7 +68,7 @@ class ScheduledRequest:
     @property
     def is_sampled(self) -> bool:
         """True if the step reaches the request's last known token, so that a new one is drawn."""
-        return self.num_computed_tokens + self.num_new_tokens == self.request.num_tokens
+        return self.num_computed_tokens + self.num_new_tokens == len(self.request.all_token_ids)
 
 
 @dataclass(frozen=True, slots=True)

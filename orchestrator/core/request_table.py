@@ -196,8 +196,12 @@ class RankOrder:
         is_tie = (key[1:] == key[:-1]) & (arrival_s[1:] == arrival_s[:-1])
         is_tie &= group[1:] == group[:-1]
         result: list[int] = rows.tolist()
-        if is_tie.any():
-            result.sort(key=self.position)
+        # Runs of equal keys: from where a tie begins to where it ends.
+        edges = np.flatnonzero(np.diff(is_tie, prepend=False, append=False)).tolist()
+        for first, last in zip(edges[::2], edges[1::2], strict=True):
+            run = result[first : last + 1]
+            run.sort(key=lambda row: self._table.requests[row].request_id)
+            result[first : last + 1] = run
         return result
 
     def position(self, row: int) -> tuple[float, float, float, str]:
