@@ -37,6 +37,14 @@ class Deployment:
         (line,) = [line for line in text.splitlines() if line.startswith(f"{name} ")]
         return float(line.split()[-1])
 
+    def engine_pid(self, node: int) -> int:
+        """Return the process id of a node's executor."""
+        wanted = f'"endpoint_id":"node-{node}"'
+        (pid,) = [
+            pid for pid in self.children() if wanted in Path(f"/proc/{pid}/cmdline").read_text()
+        ]
+        return pid
+
     def children(self) -> list[int]:
         """Return the ids of all processes below the command, deepest first."""
         return _descendants(self.process.pid)
