@@ -133,9 +133,7 @@ class BatchScheduler(ABC):
         preempted_ids: set[str] = set()
         skipped: dict[str, str] = {}
         is_decode = self._table.is_decode_step
-        block_size_tokens = self._kv.block_size_tokens
         num_reserved = (1 - ranking.rules.admission_kv_fraction) * self._kv.num_device_blocks
-        block_ids: Sequence[int] | None
         for row in order:
             if step.is_full or len(skipped) >= self._scan_limit:
                 break
@@ -145,28 +143,10 @@ class BatchScheduler(ABC):
             if self._kv.num_free_device_blocks < num_reserved and not self._table.num_blocks[row]:
                 skipped[request.request_id] = "KV memory is nearly full"
                 continue
-            cost_s = None
-            if is_decode[row]:
-                cost_s = step.decode_cost_if_fits_s(request.num_computed_tokens)
-                num_tokens = 1 if cost_s is not None else 0
-            else:
-                num_tokens = step.num_fitting_tokens(request)
-            if num_tokens == 0:
-                skipped[request.request_id] = "too little time or room in this step"
-                continue
-            if cost_s is not None and request.num_computed_tokens % block_size_tokens:
-                block_ids = self._kv.block_ids(request.spec.request_id)  # its last block has room
-            else:
-                block_ids = self._blocks(row, num_tokens, order, now_s, preempted_ids)
-            if block_ids is None:
-                skipped[request.request_id] = "no KV blocks"
-                continue
-            request.status = RequestStatus.RUNNING
-            if cost_s is not None:
-                step.add_decode(request, cost_s, block_ids)
-            else:
-                cost_s = step.add_prefill(request, num_tokens, block_ids)
-                self._on_prefill(request, num_tokens, cost_s)
+            place = self._place_decode if is_decode[row] else self._place_prefill
+            obstacle = place(step, row, order, now_s, preempted_ids)
+            if obstacle is not None:
+                skipped[request.request_id] = obstacle
         if not step.scheduled:
             self._force_first(step, order, preempted_ids)
         reasons = ScheduleReasons(
@@ -269,6 +249,42 @@ class BatchScheduler(ABC):
             ):  # fmt: skip
                 if said != true:
                     raise KVIntegrityError(f"request {name}: {what} {said}, truly {true}")
+
+    def _place_decode(
+        self, step: StepBuilder, row: int, order: RankOrder, now_s: float, preempted_ids: set[str]
+    ) -> str | None:
+        """Put a decode token into the step; return why it does not fit, or None."""
+        request = self._table.requests[row]
+        num_computed = request.num_computed_tokens
+        cost_s = step.decode_cost_if_fits_s(num_computed)
+        if cost_s is None:
+            return _NO_ROOM
+        block_ids: Sequence[int] | None
+        if num_computed % self._kv.block_size_tokens:
+            block_ids = self._kv.block_ids(request.spec.request_id)  # its last block has room
+        else:
+            block_ids = self._blocks(row, 1, order, now_s, preempted_ids)
+        if block_ids is None:
+            return _NO_BLOCKS
+        request.status = RequestStatus.RUNNING
+        step.add_decode(request, cost_s, block_ids)
+        return None
+
+    def _place_prefill(
+        self, step: StepBuilder, row: int, order: RankOrder, now_s: float, preempted_ids: set[str]
+    ) -> str | None:
+        """Put a prefill piece into the step; return why none fits, or None."""
+        request = self._table.requests[row]
+        num_tokens = step.num_fitting_tokens(request)
+        if num_tokens == 0:
+            return _NO_ROOM
+        block_ids = self._blocks(row, num_tokens, order, now_s, preempted_ids)
+        if block_ids is None:
+            return _NO_BLOCKS
+        request.status = RequestStatus.RUNNING
+        cost_s = step.add_prefill(request, num_tokens, block_ids)
+        self._on_prefill(request, num_tokens, cost_s)
+        return None
 
     def _work_s(self) -> Floats:
         """Return the predicted cost of everything before each request's next token (17)."""
@@ -424,5 +440,7 @@ class BatchScheduler(ABC):
         self._table.remove(request)
         self._finished_ids.append(request.request_id)
 
+
+_NO_ROOM, _NO_BLOCKS = "too little time or room in this step", "no KV blocks"
 
 _NOTHING_TO_DO = ScheduleReasons(latency_budget_s=0.0, load_s=0.0, num_urgent=0, num_normal=0)
