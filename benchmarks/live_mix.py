@@ -186,13 +186,13 @@ def main() -> None:
     parser.add_argument("--num-requests", type=int, default=120)
     parser.add_argument("--load", type=float, default=1.3, help="times the sustained rate")
     arguments = parser.parse_args()
-    count = 24 if arguments.quick else arguments.num_requests
+    count = 4 if arguments.quick else arguments.num_requests
     schedulers = SCHEDULERS[:1] if arguments.quick else SCHEDULERS
     requests = make_requests(count, seed=0)
     figures: dict[str, object] = {"num_requests": count, "load": arguments.load}
     with tempfile.TemporaryDirectory() as directory:
         with serving("sarathi-fcfs", Path(directory)) as url:
-            probe = requests[: max(12, count // 4)]
+            probe = requests[: max(4, count // 4)]
             started_s = time.monotonic()
             asyncio.run(send_all(url, probe, requests_per_s=1e6))
             sustained = len(probe) / (time.monotonic() - started_s)
