@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.core.batch_scheduler import BatchScheduler, Ranking
+from orchestrator.core.batch_scheduler import BatchScheduler
 from orchestrator.core.deadline_scheduler import DeadlineScheduler, Signals
 from orchestrator.core.latency import BatchLatencyModel
 from orchestrator.core.ports import EngineCapabilities
+from orchestrator.core.ranking import Ranking
 from orchestrator.core.request import Request
 from orchestrator.core.request_table import Floats
 from orchestrator.core.slide_batching import queue_load_s

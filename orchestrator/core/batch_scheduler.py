@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, final
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from orchestrator.core.admission import check_request
 from orchestrator.core.errors import KVIntegrityError, RequestRejected
@@ -27,26 +26,11 @@ from orchestrator.core.ports import (
     SchedulerOutput,
     StepOutput,
 )
+from orchestrator.core.ranking import Ranking, RankOrder
 from orchestrator.core.request import FinishReason, Request, RequestStatus
-from orchestrator.core.request_table import Floats, Indices, RankOrder, RequestTable
+from orchestrator.core.request_table import Flags, Floats, Indices, RequestTable
 from orchestrator.core.slo import DeadlineAnchor
-from orchestrator.core.step_builder import StepBuilder, StepRules, is_decode_step
-
-
-@dataclass(frozen=True, slots=True)
-class Ranking:
-    """Who goes first in one step, and what the step may hold. Arrays are by table row."""
-
-    group: NDArray[Any]
-    """Lower groups go first."""
-
-    key: Floats
-    """Lower goes first inside a group; ties by arrival, then id."""
-
-    rules: StepRules
-    load_s: float = 0.0
-    num_urgent: int = 0
-    starved_ids: frozenset[str] = field(default_factory=frozenset)
+from orchestrator.core.step_builder import StepBuilder, is_decode_step
 
 
 class BatchScheduler(ABC):
@@ -126,7 +110,7 @@ class BatchScheduler(ABC):
     def schedule(self, now_s: float) -> SchedulerOutput:
         """Plan the next step. See `core.ports.Scheduler`."""
         if not self.has_requests:
-            return self._plan(None, (), _NOTHING_TO_DO)
+            return self._plan(None, (), ScheduleReasons())
         ranking = self._rank(now_s)
         step = StepBuilder(self._model, self._capabilities, ranking.rules)
         order = RankOrder(self._table, ranking.group, ranking.key)
@@ -134,19 +118,20 @@ class BatchScheduler(ABC):
         skipped: dict[str, str] = {}
         is_decode = self._table.is_decode_step
         num_reserved = (1 - ranking.rules.admission_kv_fraction) * self._kv.num_device_blocks
-        for row in order:
-            if step.is_full or len(skipped) >= self._scan_limit:
+        for row in self._one_by_one(step, order, is_decode, preempted_ids):
+            if step.is_full:
                 break
             request = self._table.requests[row]
             if preempted_ids and request.request_id in preempted_ids:
                 continue
-            if self._kv.num_free_device_blocks < num_reserved and not self._table.num_blocks[row]:
-                skipped[request.request_id] = "KV memory is nearly full"
-                continue
-            place = self._place_decode if is_decode[row] else self._place_prefill
-            obstacle = place(step, row, order, now_s, preempted_ids)
+            obstacle: str | None = "KV memory is nearly full"
+            if self._kv.num_free_device_blocks >= num_reserved or self._table.num_blocks[row]:
+                place = self._place_decode if is_decode[row] else self._place_prefill
+                obstacle = place(step, row, order, now_s, preempted_ids)
             if obstacle is not None:
                 skipped[request.request_id] = obstacle
+                if len(skipped) == self._scan_limit:
+                    break
         if not step.scheduled:
             self._force_first(step, order, preempted_ids)
         reasons = ScheduleReasons(
@@ -171,25 +156,26 @@ class BatchScheduler(ABC):
         decoded_ids: list[str] = []
         for part in plan.scheduled:
             request = part.request
-            request_id = request.spec.request_id
             if request.status is RequestStatus.FINISHED:
                 continue
-            error = output.failed.get(request_id) if output.failed else None
-            if error is not None:
+            request_id = request.spec.request_id
+            if output.failed and request_id in output.failed:
                 self._finish(request)
+                error = output.failed[request_id]
                 events.append(
                     RequestEvent(request_id, finish_reason=FinishReason.ERROR, error=error)
                 )
                 continue
+            # Asked before the new token is known: a sampled part reaches the last one.
             is_sampled = part.is_sampled
-            was_decode = is_sampled and part.num_new_tokens == 1 and request.is_decoding
+            is_plain_decode = part.num_new_tokens == 1 and is_sampled and request.is_decoding
             request.num_computed_tokens += part.num_new_tokens
             if is_sampled:
                 event = self._accept_tokens(request, output, now_s)
                 events.append(event)
                 if event.finish_reason is not None:
                     continue
-            if was_decode:
+            if is_plain_decode:
                 decoded_ids.append(request_id)
             else:
                 self._table.refresh(request)
@@ -239,16 +225,38 @@ class BatchScheduler(ABC):
                 raise KVIntegrityError(
                     f"request {name} has computed {num_computed} tokens, more than its blocks hold"
                 )
-            for what, said, true in (
-                ("row", self._table.row_of(name), row),
-                ("blocks", self._table.num_blocks[row], self._kv.num_owned_blocks(name)),
-                ("output tokens", self._table.num_output_tokens[row], request.num_output_tokens),
-                ("computed tokens", self._table.num_computed_tokens[row], num_computed),
-                ("uncomputed tokens", self._table.num_uncomputed_tokens[row],
-                 request.num_uncomputed_tokens),
-            ):  # fmt: skip
-                if said != true:
-                    raise KVIntegrityError(f"request {name}: {what} {said}, truly {true}")
+            self._table.check_row(row, num_blocks=self._kv.num_owned_blocks(name))
+
+    def _one_by_one(
+        self, step: StepBuilder, order: RankOrder, is_decode: Flags, preempted_ids: set[str]
+    ) -> Iterator[int]:
+        """Yield rows in order; a run of decodes is put into the step on the way, as far as each
+        fits as it is, and only the rest of it is yielded."""
+        for head in order.sorted_parts():
+            is_decode_here = is_decode[head]
+            bounds = [0, *(np.flatnonzero(np.diff(is_decode_here)) + 1).tolist(), len(head)]
+            for start, end in pairwise(bounds):
+                rows = head[start:end]
+                if is_decode_here[start] and not preempted_ids:
+                    rows = rows[self._place_decodes(step, rows) :]
+                yield from rows
+
+    def _place_decodes(self, step: StepBuilder, rows: list[int]) -> int:
+        """Put as many of these decodes into the step, from the first on, as fit without
+        preempting anybody; return how many."""
+        num_computed = self._table.num_computed_tokens[rows]
+        num_computed = num_computed[: step.num_fitting_decodes(num_computed)]
+        needs_block = num_computed % self._kv.block_size_tokens == 0
+        num_needed = np.cumsum(needs_block)
+        num_placed = int(np.searchsorted(num_needed, self._kv.num_free_device_blocks, side="right"))
+        if num_placed == 0:
+            return 0
+        for position in np.flatnonzero(needs_block[:num_placed]).tolist():
+            self._allocate(rows[position], int(num_computed[position]) + 1)
+        requests = [self._table.requests[row] for row in rows[:num_placed]]
+        block_ids = [self._kv.block_ids(request.spec.request_id) for request in requests]
+        step.add_decodes(requests, num_computed[:num_placed], block_ids)
+        return num_placed
 
     def _place_decode(
         self, step: StepBuilder, row: int, order: RankOrder, now_s: float, preempted_ids: set[str]
@@ -442,5 +450,3 @@ class BatchScheduler(ABC):
 
 
 _NO_ROOM, _NO_BLOCKS = "too little time or room in this step", "no KV blocks"
-
-_NOTHING_TO_DO = ScheduleReasons(latency_budget_s=0.0, load_s=0.0, num_urgent=0, num_normal=0)

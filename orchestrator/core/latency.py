@@ -190,6 +190,10 @@ class BatchLatencyModel:
         """Return the marginal cost of one token in a decode-only step, without the constant."""
         return self._a_d * num_cached_tokens + self._b_d
 
+    def decodes_s(self, num_cached_tokens: Floats) -> Floats:
+        """Return `decode_s` of many requests at once."""
+        return self._a_d * num_cached_tokens + self._b_d
+
     @property
     def mixed_decode_factor(self) -> float:
         """What a decode costs in a mixed step, relative to `decode_s`."""

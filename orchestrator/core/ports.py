@@ -37,9 +37,13 @@ class EngineCapabilities:
     """Prompt and output tokens of one request."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ScheduledRequest:
-    """One request's part of a step: compute tokens [num_computed_tokens, +num_new_tokens)."""
+    """One request's part of a step: compute tokens [num_computed_tokens, +num_new_tokens).
+
+    Read-only for everyone but its maker. Not frozen, nor is `RequestEvent`: some hundreds of each
+    are made in every step, and a frozen dataclass takes three times as long to make.
+    """
 
     request: Request
     """Read-only for the engine."""
@@ -75,16 +79,16 @@ class ScheduledRequest:
 class ScheduleReasons:
     """Why a step looks as it does, for logs, metrics and tests."""
 
-    latency_budget_s: float
+    latency_budget_s: float = 0.0
     """`B` of equation (19); infinite where the scheduler has no time budget."""
 
-    load_s: float
+    load_s: float = 0.0
     """`Phi` of equation (20): how long the queue needs at that budget; 0 if not computed."""
 
-    num_urgent: int
+    num_urgent: int = 0
     """Requests on the urgent side of the sliding boundary."""
 
-    num_normal: int
+    num_normal: int = 0
     """Requests on the other side."""
 
     num_starved: int = 0
@@ -153,9 +157,9 @@ class StepOutput:
     """request_id -> message, for requests that this step ends with an error."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RequestEvent:
-    """News of one request, in order. The one with a `finish_reason` is its last."""
+    """News of one request, in order. The one with a `finish_reason` is its last. Read-only."""
 
     request_id: str
     new_token_ids: tuple[int, ...] = ()

@@ -3,20 +3,18 @@ however long the queue is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.core.errors import KVIntegrityError
 from orchestrator.core.request import Request
 from orchestrator.core.slo import DeadlineAnchor, deadline_origin_s
 
+Flags = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
-
-_CHUNK = 512
-"""Rows sorted at once: more than fit into most steps; the rest of a long queue stays unsorted."""
 
 _COLUMNS = (
     "arrival_s",
@@ -106,6 +104,23 @@ class RequestTable:
         self.num_output_tokens[rows] += 1
         self.num_computed_tokens[rows] += 1
 
+    def check_row(self, row: int, *, num_blocks: int) -> None:
+        """Prove that a row says what its request says, which owns that many KV blocks.
+
+        Raises:
+            KVIntegrityError: something contradicts.
+        """
+        request = self.requests[row]
+        for what, said, true in (
+            ("row", self._row_of.get(request.request_id), row),
+            ("blocks", self.num_blocks[row], num_blocks),
+            ("output tokens", self.num_output_tokens[row], request.num_output_tokens),
+            ("computed tokens", self.num_computed_tokens[row], request.num_computed_tokens),
+            ("uncomputed tokens", self.num_uncomputed_tokens[row], request.num_uncomputed_tokens),
+        ):
+            if said != true:
+                raise KVIntegrityError(f"request {request.request_id}: {what} {said}, truly {true}")
+
     @property
     def arrival_s(self) -> Floats:
         """On the node's clock."""
@@ -152,10 +167,10 @@ class RequestTable:
         return self._column(9)
 
     @property
-    def is_decode_step(self) -> NDArray[np.bool_]:
+    def is_decode_step(self) -> Flags:
         """True where the next piece of work is one token after the last output."""
-        has_output: NDArray[np.bool_] = self.num_output_tokens > 0
-        is_one_short: NDArray[np.bool_] = self.num_uncomputed_tokens == 1
+        has_output: Flags = self.num_output_tokens > 0
+        is_one_short: Flags = self.num_uncomputed_tokens == 1
         return has_output & is_one_short
 
     def deadline_s(self) -> Floats:
@@ -167,57 +182,3 @@ class RequestTable:
 
     def _column(self, index: int) -> Floats:
         return self._data[index, : len(self.requests)]
-
-
-class RankOrder:
-    """All rows of a table by (group, key, arrival, id): a total order, sorted as far as it is read.
-
-    Lower goes first.
-    """
-
-    def __init__(self, table: RequestTable, group: NDArray[Any], key: Floats) -> None:
-        self._table = table
-        self._group = group
-        self._key = key
-
-    def __iter__(self) -> Iterator[int]:
-        for group in np.unique(self._group):
-            rows = np.flatnonzero(self._group == group)
-            while len(rows):
-                head, rows = self._split(rows)
-                yield from self.sort(head)
-
-    def sort(self, rows: Indices) -> list[int]:
-        """Return these rows in order."""
-        key, arrival_s = self._key[rows], self._table.arrival_s[rows]
-        group = self._group[rows]
-        order = np.lexsort((arrival_s, key, group))
-        rows, key, arrival_s, group = rows[order], key[order], arrival_s[order], group[order]
-        is_tie = (key[1:] == key[:-1]) & (arrival_s[1:] == arrival_s[:-1])
-        is_tie &= group[1:] == group[:-1]
-        result: list[int] = rows.tolist()
-        # Runs of equal keys: from where a tie begins to where it ends.
-        edges = np.flatnonzero(np.diff(is_tie, prepend=False, append=False)).tolist()
-        for first, last in zip(edges[::2], edges[1::2], strict=True):
-            run = result[first : last + 1]
-            run.sort(key=lambda row: self._table.requests[row].request_id)
-            result[first : last + 1] = run
-        return result
-
-    def position(self, row: int) -> tuple[float, float, float, str]:
-        """Return where a row stands; compares as the order does."""
-        table = self._table
-        return (
-            self._group[row],
-            self._key[row],
-            table.arrival_s[row],
-            table.requests[row].request_id,
-        )
-
-    def _split(self, rows: Indices) -> tuple[Indices, Indices]:
-        """Return the first rows by key, no tie torn apart, and the rest."""
-        if len(rows) <= 2 * _CHUNK:
-            return rows, rows[:0]
-        key = self._key[rows]
-        last = np.partition(key, _CHUNK)[_CHUNK]
-        return rows[key <= last], rows[key > last]

@@ -20,12 +20,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.core.batch_scheduler import Ranking
 from orchestrator.core.deadline_scheduler import DeadlineOptions, DeadlineScheduler, Signals
 from orchestrator.core.latency import BatchLatencyModel
 from orchestrator.core.ports import EngineCapabilities
+from orchestrator.core.ranking import Ranking, RankOrder
 from orchestrator.core.request import Request
-from orchestrator.core.request_table import RankOrder
 
 # Groups in the order in which they are served (OC-5, OC-6).
 _URGENT_DECODE, _STARVED, _URGENT_PREFILL, _NORMAL, _HOPELESS = range(5)

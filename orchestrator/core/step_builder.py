@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.core.latency import BatchLatencyModel, BatchShape
+import numpy as np
+
+from orchestrator.core.latency import BatchLatencyModel, BatchShape, Floats
 from orchestrator.core.ports import EngineCapabilities, ScheduledRequest
 from orchestrator.core.request import Request
 
@@ -140,6 +142,30 @@ class StepBuilder:
         num_in_time = self._model.max_new_tokens(request.num_computed_tokens, left_s)
         return min(num_tokens, max(num_in_time, self._rules.min_chunk_tokens, 1))
 
+    def num_fitting_decodes(self, num_cached_tokens: Floats) -> int:
+        """Return how many decodes fit, one after the other, of those with so many cached tokens."""
+        if self._rules.separate_phases and self._num_prefills:
+            return 0
+        at_most = min(self._num_tokens_left, self._num_seqs_left, len(num_cached_tokens))
+        step_s = self._constant_s + self._marginal_after_s(num_cached_tokens[:at_most])
+        return int(np.searchsorted(step_s, self._limit_s, side="right"))
+
+    def add_decodes(
+        self,
+        requests: Sequence[Request],
+        num_cached_tokens: Floats,
+        block_ids: Sequence[Sequence[int]],
+    ) -> None:
+        """Add one decode token of each of these requests; at least one."""
+        self._marginal_s = float(self._marginal_after_s(num_cached_tokens)[-1])
+        self._decode_context += int(num_cached_tokens.sum())
+        self._num_tokens_left -= len(requests)
+        self._num_seqs_left -= len(requests)
+        self.scheduled += [
+            ScheduledRequest(request, request.num_computed_tokens, 1, blocks)
+            for request, blocks in zip(requests, block_ids, strict=True)
+        ]
+
     def add_decode(self, request: Request, cost_s: float, block_ids: Sequence[int]) -> None:
         """Add one decode token of known cost."""
         num_cached = request.num_computed_tokens
@@ -165,6 +191,11 @@ class StepBuilder:
         self._num_seqs_left -= 1
         self.scheduled.append(ScheduledRequest(request, num_cached, num_new_tokens, block_ids))
         return cost_s
+
+    def _marginal_after_s(self, num_cached_tokens: Floats) -> Floats:
+        """Return the marginal cost of the step after each of these decodes."""
+        cost_s = self._model.decodes_s(num_cached_tokens) * self._decode_factor
+        return np.cumsum(np.concatenate(((self._marginal_s,), cost_s)))[1:]
 
     def _become_mixed(self) -> None:
         """Price what is in the step as parts of a mixed one."""
