@@ -162,9 +162,7 @@ class BatchScheduler(ABC):
             if output.failed and request_id in output.failed:
                 self._finish(request)
                 error = output.failed[request_id]
-                events.append(
-                    RequestEvent(request_id, finish_reason=FinishReason.ERROR, error=error)
-                )
+                events.append(RequestEvent(request_id, (), (), FinishReason.ERROR, error))
                 continue
             # Asked before the new token is known: a sampled part reaches the last one.
             is_sampled = part.is_sampled

