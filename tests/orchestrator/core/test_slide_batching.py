@@ -67,6 +67,21 @@ def test_more_load_never_makes_a_request_less_urgent() -> None:
     assert was_urgent
 
 
+def test_a_larger_alpha_never_makes_a_request_less_urgent() -> None:
+    requests = [
+        make_request(f"r{i}", num_prompt_tokens=100, ttft_s=1.0 + 0.5 * i) for i in range(20)
+    ]
+    num_urgent = []
+    for alpha in (0.01, 0.3, 0.5, 0.8, 1.0, 2.0, 10.0):
+        options = SlideBatchingOptions(alpha=alpha)
+        scheduler = make_scheduler(*requests, options=options)
+        num_urgent.append(scheduler.schedule(now_s=0.0).reasons.num_urgent)
+
+    assert num_urgent == sorted(num_urgent)
+    assert num_urgent[0] == 0
+    assert num_urgent[-1] == len(requests)
+
+
 def test_urgent_decodes_go_before_urgent_prefills_of_any_density() -> None:
     """The prefill earns 1000 a token, the decode 1; the decode still goes first (OC-5)."""
     scheduler = make_scheduler(make_request("decode", num_prompt_tokens=10, ttft_s=0.1))
