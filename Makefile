@@ -10,10 +10,10 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine serve test check fix bench clean
+.PHONY: help setup engine serve test check fix bench peer-vllm clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Create .venv with everything; does nothing while its inputs are unchanged
 
@@ -48,10 +48,16 @@ fix: setup ## Repair what ruff can repair, and format
 	$(BIN)/ruff format .
 
 bench: setup engine ## Run every benchmark in its quick form
-	@for script in benchmarks/*.py; do \
+	@for script in $(filter-out benchmarks/vllm_scheduler_peer.py,$(wildcard benchmarks/*.py)); do \
 		$(BIN)/python -m "benchmarks.$$(basename "$$script" .py)" --quick || exit 1; \
 	done
 
+peer-vllm: ## Install vLLM's scheduler (3 GB) to compare with: benchmarks/vllm_scheduler_peer.py
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet torch==2.13.0
+	.venv-vllm/bin/pip install --quiet --no-deps vllm==0.32.0
+	.venv-vllm/bin/pip install --quiet -r benchmarks/vllm-requirements.txt
+
 clean: ## Remove the environment, built engines and caches
-	rm -rf .venv built_engines build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm built_engines build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

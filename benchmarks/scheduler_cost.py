@@ -12,9 +12,8 @@ import statistics
 import time
 
 from benchmarks.shared.reporting import argument_parser, report
-from orchestrator.core.batch_scheduler import BatchScheduler
 from orchestrator.core.latency import BatchLatencyModel, LatencyProfile
-from orchestrator.core.ports import EngineCapabilities, StepOutput
+from orchestrator.core.ports import EngineCapabilities, Scheduler, StepOutput
 from orchestrator.core.request import Request, RequestSpec, SamplingParams
 from orchestrator.core.slide_batching import SlideBatchingScheduler
 from orchestrator.core.slo import Slo
@@ -59,7 +58,7 @@ def make_request(request_id: str, *, num_prompt_tokens: int, arrival_s: float) -
     )
 
 
-def run_step(scheduler: BatchScheduler, now_s: float) -> tuple[float, float, int]:
+def run_step(scheduler: Scheduler, now_s: float) -> tuple[float, float, int]:
     """Run one step; return the seconds it took the scheduler, its end and its requests."""
     started_s = time.perf_counter()
     plan = scheduler.schedule(now_s)
