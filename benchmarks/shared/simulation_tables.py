@@ -1,46 +1,158 @@
-"""Prints the summary of a simulation as Markdown tables.
+"""Prints a simulation as Markdown tables, and condenses its results to what a page needs.
 
-python -m benchmarks.shared.simulation_tables RESULTS.json
+    python -m benchmarks.shared.simulation_tables RESULTS.json [--summary SUMMARY.json]
+
+`--summary` writes the configuration, the calibrations and the means over seeds, without the single
+runs: those come out of the configuration again, byte for byte.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import mean
 from typing import Any
+
+SUBJECT = "slide-batching"
+
+IN_USE = ("vllm-fcfs", "sarathi-fcfs", "sarathi-priority", "weighted-vtc", "fair-batching")
+"""Schedulers that people run or that the paper compares with; the others are single orders that
+SlideBatching is made of (deadline, job length, density)."""
+
+LOW_LOAD, OVERLOAD = 0.6, 1.2
+"""In knees."""
+
+Cells = dict[tuple[str, float], dict[str, Any]]
 
 
 def tables(results: dict[str, Any]) -> str:
     """Return, per trace, a table of TDG_Ratio / SLO attainment by policy and rate."""
-    summary = results["summary"]
-    rates = results["config"]["rates"]["values"]
+    rates, policies = results["config"]["rates"]["values"], list(results["config"]["policies"])
     parts = []
     for trace, calibration in results["calibrations"].items():
-        cells = {(s["policy"], s["rate"]): s for s in summary if s["trace"] == trace}
-        knee = calibration.get("knee_rate")
+        cells = _cells(results, trace)
+        knee, slo = calibration.get("knee_rate"), calibration["slo"]
+        heading = "" if knee is None else f", knee {knee:.3g} requests/s"
         parts.append(
-            f"**{trace}**, knee {knee:.3g} requests/s\n" if knee is not None else f"**{trace}**\n"
+            f"**{trace}**{heading}; TTFT {slo['ttft_s']:.2f} s, TPOT {1e3 * slo['tpot_s']:.0f} ms\n"
         )
         parts.append("| policy | " + " | ".join(f"{rate:g} x" for rate in rates) + " |")
         parts.append("|---|" + "---|" * len(rates))
-        for policy in results["config"]["policies"]:
-            row = [_cell(cells[policy, rate]) for rate in rates]
+        for policy in policies:
+            row = [_shown(cells[policy, rate]) for rate in rates]
             parts.append(f"| {policy} | " + " | ".join(row) + " |")
-        bounds = [cells[next(iter(results["config"]["policies"])), r]["upper_bound"] for r in rates]
+        bounds = [cells[policies[0], rate]["upper_bound"] for rate in rates]
         if all(bounds):
             parts.append("| upper bound | " + " | ".join(f"{b['mean']:.3f}" for b in bounds) + " |")
         parts.append("")
     return "\n".join(parts)
 
 
-def _cell(summary: dict[str, Any]) -> str:
+def findings(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return, per trace, how SlideBatching stands: one flat row of figures."""
+    config = results["config"]
+    rates = config["rates"]["values"]
+    others = [policy for policy in config["policies"] if policy != SUBJECT]
+    in_use = [policy for policy in others if policy in IN_USE]
+    rows = []
+    for trace in results["calibrations"]:
+        cells = _cells(results, trace)
+        row: dict[str, Any] = {"trace": trace}
+        for name in ("tdg_ratio", "slo_attainment"):
+            row[f"{name}_over_in_use"] = _best_lead(cells, name, rates, in_use)
+            row[f"{name}_over_all"] = _best_lead(cells, name, rates, others)
+        row["points_over_sarathi_at_low_load"] = min(
+            100 * (_mean(cells, SUBJECT, rate, name) - _mean(cells, "sarathi-fcfs", rate, name))
+            for rate in rates
+            if rate <= LOW_LOAD
+            for name in ("tdg_ratio", "slo_attainment")
+        )
+        row["attainment_by_class_in_overload"] = _by_class(results, trace)
+        rows.append(row)
+    return rows
+
+
+def findings_table(rows: Iterable[dict[str, Any]]) -> str:
+    """Return the findings as a Markdown table."""
+    lines = [
+        "| trace | TDG_Ratio, best in use | TDG_Ratio, best of all | attainment, best in use | "
+        "attainment, best of all | low load | high / low at 1.2 x |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        leads = [
+            f"{100 * lead['relative']:+.1f} % at {lead['rate']:g} x ({lead['rival']})"
+            for lead in (
+                row["tdg_ratio_over_in_use"],
+                row["tdg_ratio_over_all"],
+                row["slo_attainment_over_in_use"],
+                row["slo_attainment_over_all"],
+            )
+        ]
+        classes = row["attainment_by_class_in_overload"]
+        shares = " / ".join(f"{classes[name]:.3f}" for name in sorted(classes))
+        low = row["points_over_sarathi_at_low_load"]
+        lines.append(f"| {row['trace']} | " + " | ".join(leads) + f" | {low:+.1f} | {shares} |")
+    return "\n".join(lines)
+
+
+def _cells(results: dict[str, Any], trace: str) -> Cells:
+    return {(s["policy"], s["rate"]): s for s in results["summary"] if s["trace"] == trace}
+
+
+def _mean(cells: Cells, policy: str, rate: float, name: str) -> float:
+    value: float = cells[policy, rate][name]["mean"]
+    return value
+
+
+def _best_lead(cells: Cells, name: str, rates: list[float], rivals: list[str]) -> dict[str, Any]:
+    """Return the lead over the best rival at the most favourable rate."""
+    leads = []
+    for rate in rates:
+        rival = max(rivals, key=lambda policy: _mean(cells, policy, rate, name))
+        ours, theirs = (_mean(cells, policy, rate, name) for policy in (SUBJECT, rival))
+        leads.append({"relative": ours / theirs - 1, "rate": rate, "rival": rival})
+    return max(leads, key=lambda lead: lead["relative"])
+
+
+def _by_class(results: dict[str, Any], trace: str) -> dict[str, float]:
+    values: dict[str, list[float]] = defaultdict(list)
+    for run in results["runs"]:
+        if (run["trace"], run["policy"], run["rate"]) == (trace, SUBJECT, OVERLOAD):
+            for name, report in run["figures"]["by_class"].items():
+                values[name].append(report["slo_attainment"])
+    return {name: mean(of_seeds) for name, of_seeds in values.items()}
+
+
+def _shown(summary: dict[str, Any]) -> str:
     texts = []
     for name in ("tdg_ratio", "slo_attainment"):
-        mean, half_width = summary[name]["mean"], summary[name]["half_width"]
-        texts.append(f"{mean:.3f}" + ("" if half_width is None else f"±{half_width:.3f}"))
+        middle, half_width = summary[name]["mean"], summary[name]["half_width"]
+        texts.append(f"{middle:.3f}" + ("" if half_width is None else f"±{half_width:.3f}"))
     return " / ".join(texts)
 
 
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--summary", type=Path)
+    arguments = parser.parse_args()
+    results = json.loads(arguments.results.read_text())
+    policies, rates = results["config"]["policies"], results["config"]["rates"]["values"]
+    has_findings = {SUBJECT, *IN_USE} <= set(policies) and OVERLOAD in rates
+    rows = findings(results) if has_findings else []
+    if rows:
+        print(findings_table(rows), end="\n\n")
+    print(tables(results))
+    if arguments.summary is not None:
+        kept = {name: results[name] for name in ("config", "calibrations", "summary")}
+        text = json.dumps({**kept, "findings": rows}, indent=1)
+        arguments.summary.write_text(text + "\n")
+
+
 if __name__ == "__main__":
-    print(tables(json.loads(Path(sys.argv[1]).read_text())))
+    main()
