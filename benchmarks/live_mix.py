@@ -6,6 +6,9 @@ Starts `proserve serve` once per scheduler, sends the same list of streaming req
 times, and scores what the client saw with the module that scores simulations. Half of the
 requests are high class and count twice. The load is given as a multiple of what the machine
 sustains, which is measured first, in the same run, by sending a part of the list at once.
+
+Then the same list goes through the simulator, whose engine is the built engine's latency profile
+times one factor, such that it sustains the measured rate. Both rankings are printed.
 """
 
 from __future__ import annotations
@@ -18,21 +21,43 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
 import httpx
+import numpy as np
 import yaml
 
 from benchmarks.shared.reporting import argument_parser, report
+from engines.manifest import read_manifest
+from engines.simulated import SimulatedEngine
 from orchestrator.core.gain import GainTable, Outcome, RequestRecord
+from orchestrator.core.latency import BatchLatencyModel, LatencyProfile
+from orchestrator.core.ports import EngineCapabilities
+from orchestrator.core.scheduler_factory import SchedulerName, make_scheduler
 from orchestrator.core.slo import PriorityClass, Slo
+from orchestrator.simulation.cluster import Node, Replay, replay
+from orchestrator.simulation.trace import Trace
+from orchestrator.simulation.workload import Workload
+from router.policy import LeastLoadPolicy
 
 ROOT = Path(__file__).parents[1]
 ENGINE_DIR = ROOT / "built_engines/smollm2-135m"
-SCHEDULERS = ("slide-batching", "sarathi-fcfs", "sarathi-priority", "vllm-fcfs")
+SCHEDULERS: tuple[SchedulerName, ...] = (
+    "slide-batching",
+    "sarathi-fcfs",
+    "sarathi-priority",
+    "vllm-fcfs",
+)
+REFERENCE: SchedulerName = "sarathi-fcfs"
+"""Measures what is sustained."""
+
+MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, KV_BYTES = 32, 2048, 1 << 30
+KV_BLOCK_BYTES = 16 * 30 * 2 * 3 * 64 * 4
+"""16 tokens, 30 layers, keys and values, 3 heads of 64, fp32."""
+
 ROUTER_PORT, NODE_PORT = 18300, 18301
 
 # Twice the paper's "high : low"; objectives that two CPU cores can keep at moderate load.
@@ -93,8 +118,9 @@ def serving(scheduler: str, directory: Path) -> Iterator[str]:
                 "endpoint_id": "node-0",
                 "port": NODE_PORT,
                 "scheduler": scheduler,
-                "max_num_seqs": 32,
-                "engine": {"directory": str(ENGINE_DIR), "device_kv_bytes": "1GiB"},
+                "max_num_seqs": MAX_NUM_SEQS,
+                "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
+                "engine": {"directory": str(ENGINE_DIR), "device_kv_bytes": KV_BYTES},
             }
         ],
     }
@@ -180,6 +206,81 @@ def _completion_tokens(line: bytes) -> int:
     return int(digits) if digits else 0
 
 
+def simulate(
+    requests: Sequence[LiveRequest],
+    scheduler: SchedulerName,
+    profile: LatencyProfile,
+    *,
+    requests_per_s: float,
+) -> Replay:
+    """Send the same list through the simulator."""
+    workload = Workload(
+        Trace(
+            np.array([r.at_s / requests_per_s for r in requests]),
+            np.array([r.num_prompt_tokens for r in requests]),
+            np.array([r.num_output_tokens for r in requests]),
+            clients=("",) * len(requests),
+        ),
+        max_tokens=np.array([r.num_output_tokens for r in requests]),
+        classes=CLASSES,
+        class_index=np.array([CLASSES.index(r.priority) for r in requests]),
+    )
+    capabilities = EngineCapabilities(
+        block_size_tokens=16,
+        num_device_blocks=KV_BYTES // KV_BLOCK_BYTES,
+        num_host_blocks=0,
+        max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
+        max_num_seqs=MAX_NUM_SEQS,
+        max_model_len=8192,
+    )
+    node = Node(
+        "node-0",
+        make_scheduler(scheduler, None, capabilities, BatchLatencyModel(profile)),
+        SimulatedEngine(
+            capabilities, BatchLatencyModel(profile), output_lengths=workload.output_lengths()
+        ),
+    )
+    return replay(workload, lambda _: node, num_nodes=1, policy=LeastLoadPolicy())
+
+
+def scaled(profile: LatencyProfile, factor: float) -> LatencyProfile:
+    """Return the profile of an engine that takes `factor` times as long."""
+    return LatencyProfile(**{name: factor * value for name, value in profile.to_dict().items()})
+
+
+def simulated_figures(requests: Sequence[LiveRequest], *, load: float, sustained: float,
+                      num_probe: int) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Return each scheduler's figures in the simulator."""
+    profile = read_manifest(ENGINE_DIR).latency_profile
+    probe = simulate(requests[:num_probe], REFERENCE, profile, requests_per_s=1e6)
+    profile = scaled(profile, num_probe / probe.end_s / sustained)
+    return {
+        scheduler: scores(
+            GainTable(
+                simulate(requests, scheduler, profile, requests_per_s=load * sustained).records
+            )
+        )
+        for scheduler in SCHEDULERS
+    }
+
+
+def scores(table: GainTable) -> dict[str, float]:
+    """Return the figures of one run."""
+    whole, by_class = table.report(), table.by_class()
+    return {
+        "tdg_ratio": round(whole.tdg_ratio, 4),
+        "slo_attainment": round(whole.slo_attainment, 4),
+        **{f"attainment_{n}": round(r.slo_attainment, 4) for n, r in by_class.items()},
+        "num_failed": whole.num_failed,
+        "tokens_per_s": round(whole.tokens_per_s or 0.0, 1),
+    }
+
+
+def ranking(figures: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return the schedulers by TDG_Ratio, best first."""
+    return sorted(figures, key=lambda name: figures[name]["tdg_ratio"], reverse=True)
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argument_parser(__doc__)
@@ -189,30 +290,36 @@ def main() -> None:
     count = 4 if arguments.quick else arguments.num_requests
     schedulers = SCHEDULERS[:1] if arguments.quick else SCHEDULERS
     requests = make_requests(count, seed=0)
-    figures: dict[str, object] = {"num_requests": count, "load": arguments.load}
+    num_probe = max(4, count // 4)
+    live: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as directory:
-        with serving("sarathi-fcfs", Path(directory)) as url:
-            probe = requests[: max(4, count // 4)]
+        with serving(REFERENCE, Path(directory)) as url:
             started_s = time.monotonic()
-            asyncio.run(send_all(url, probe, requests_per_s=1e6))
-            sustained = len(probe) / (time.monotonic() - started_s)
-        figures["sustained_requests_per_s"] = round(sustained, 3)
+            asyncio.run(send_all(url, requests[:num_probe], requests_per_s=1e6))
+            sustained = num_probe / (time.monotonic() - started_s)
+        rate = arguments.load * sustained
         for scheduler in schedulers:
             with serving(scheduler, Path(directory)) as url:
-                records = asyncio.run(
-                    send_all(url, requests, requests_per_s=arguments.load * sustained)
-                )
-            table = GainTable(records)
-            whole, by_class = table.report(), table.by_class()
-            figures[scheduler] = {
-                "tdg_ratio": round(whole.tdg_ratio, 4),
-                "slo_attainment": round(whole.slo_attainment, 4),
-                **{f"attainment_{n}": round(r.slo_attainment, 4) for n, r in by_class.items()},
-                "num_failed": whole.num_failed,
-                "tokens_per_s": round(whole.tokens_per_s or 0.0, 1),
-            }
-            print(scheduler, figures[scheduler])
-    report(figures, file_name=arguments.json)
+                records = asyncio.run(send_all(url, requests, requests_per_s=rate))
+            live[scheduler] = scores(GainTable(records))
+            print("live     ", scheduler, live[scheduler])
+    simulated = simulated_figures(
+        requests, load=arguments.load, sustained=sustained, num_probe=num_probe
+    )
+    for name, figures in simulated.items():
+        print("simulated", name, figures)
+    report(
+        {
+            "num_requests": count,
+            "load": arguments.load,
+            "sustained_requests_per_s": round(sustained, 3),
+            "live": live,
+            "simulated": simulated,
+            "live_ranking": ranking(live),
+            "simulated_ranking": ranking(simulated),
+        },
+        file_name=arguments.json,
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,12 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, model_validator
 
 from orchestrator.core.scheduler_factory import SchedulerName, SchedulerOptions, options_type
-from orchestrator.scheduler_config import DeadlineSection, SarathiSection, SlideBatchingSection
+from orchestrator.scheduler_config import (
+    CorrectionSection,
+    DeadlineSection,
+    SarathiSection,
+    SlideBatchingSection,
+)
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 EndpointId = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")]
@@ -69,6 +74,9 @@ class NodeConfig(BaseModel):
 
     sarathi: SarathiSection | None = None
     """Parameters of `sarathi-fcfs`, `sarathi-priority`, `weighted-vtc` and `strict-priority`."""
+
+    latency_correction: CorrectionSection = CorrectionSection()
+    """How predicted step durations follow the measured ones."""
 
     max_num_batched_tokens: PositiveInt = 2048
     """New tokens in one step, over all requests."""

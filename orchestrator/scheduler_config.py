@@ -1,4 +1,4 @@
-"""The options of schedulers as sections of YAML files: those of nodes and of simulations."""
+"""Options of schedulers and of their latency model, as sections of YAML files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from orchestrator.core.baselines import SarathiOptions
 from orchestrator.core.deadline_scheduler import DeadlineOptions
+from orchestrator.core.latency_correction import CorrectionOptions
 from orchestrator.core.slide_batching import SlideBatchingOptions
 
 _STRICT_DATACLASS = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -25,3 +26,8 @@ class DeadlineSection(DeadlineOptions):
 @pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
 class SarathiSection(SarathiOptions):
     """Parameters of the schedulers with a token budget."""
+
+
+@pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
+class CorrectionSection(CorrectionOptions):
+    """How predicted step durations follow the measured ones."""

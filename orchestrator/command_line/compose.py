@@ -44,7 +44,7 @@ def load_engine(config: NodeConfig) -> LoadedEngine:
             num_threads=section.num_threads,
         ),
     )
-    model = BatchLatencyModel(manifest.latency_profile)
+    model = BatchLatencyModel(manifest.latency_profile, config.latency_correction)
     return LoadedEngine(
         engine=engine,
         scheduler=_make_scheduler(config, engine.capabilities, model),

@@ -73,6 +73,7 @@ def test_every_scheduler_can_be_named_with_its_section(tmp_path: Path, name: str
         (NODE.replace("port:", "prot:"), "did you mean 'port'"),
         (NODE + "slide_batching: {alfa: 1}\n", "did you mean 'alpha'"),
         (NODE + "slide_batching: {alpha: -1}\n", "alpha is -1"),
+        (NODE + "latency_correction: {momentum: 1}\n", "momentum is 1"),
         (NODE + "scheduler: fastest\n", "slide-batching"),
         (NODE + "scheduler: edf\nslide_batching: {}\n", "edf does not read it"),
         (NODE + "scheduler: slide-batching\ndeadline: {}\n", "does not read it"),
