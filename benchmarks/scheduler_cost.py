@@ -74,9 +74,8 @@ def run_step(scheduler: Scheduler, now_s: float) -> tuple[float, float, int]:
     return scheduled_s + time.perf_counter() - started_s, now_s, len(plan.scheduled)
 
 
-def cost_s(num_queued: int, num_steps: int) -> tuple[float, float]:
-    """Return the median and the 99th percentile of a step's cost."""
-    scheduler = SlideBatchingScheduler(CAPABILITIES, BatchLatencyModel(PROFILE))
+def fill(scheduler: Scheduler, num_queued: int) -> float:
+    """Fill a scheduler with decoding and queued requests; return its time now."""
     now_s = 0.0
     for index in range(NUM_RUNNING):
         scheduler.add_request(
@@ -90,6 +89,13 @@ def cost_s(num_queued: int, num_steps: int) -> tuple[float, float]:
                 f"q{index}", num_prompt_tokens=200 + index % 2000, arrival_s=now_s + index * 1e-4
             )
         )
+    return now_s
+
+
+def cost_s(num_queued: int, num_steps: int) -> tuple[float, float]:
+    """Return the median and the 99th percentile of a step's cost."""
+    scheduler = SlideBatchingScheduler(CAPABILITIES, BatchLatencyModel(PROFILE))
+    now_s = fill(scheduler, num_queued)
     times_s = []
     for _ in range(num_steps):
         seconds, now_s, num_scheduled = run_step(scheduler, now_s)

@@ -21,17 +21,15 @@ from rich.console import Console
 
 from benchmarks.scheduler_cost import (
     CAPABILITIES,
-    NUM_RUNNING,
     PROFILE,
     QUEUE_LENGTHS,
-    make_request,
+    fill,
     run_step,
 )
 from benchmarks.shared.reporting import argument_parser, report
 from engines.simulated import SimulatedEngine
 from orchestrator.core.gain import GainReport, GainTable
 from orchestrator.core.latency import BatchLatencyModel
-from orchestrator.core.ports import Scheduler
 from orchestrator.core.slide_batching import SlideBatchingScheduler
 from orchestrator.simulation.calibration import Calibration, calibrate
 from orchestrator.simulation.cluster import Node, Replay, replay
@@ -177,24 +175,6 @@ def calibrate_trace(task: tuple[SimulationConfig, int]) -> Calibration:
     return calibrate(config, config.traces[trace_index])
 
 
-def loaded(scheduler: Scheduler, num_queued: int) -> float:
-    """Fill a scheduler with decoding and queued requests; return its time now."""
-    now_s = 0.0
-    for index in range(NUM_RUNNING):
-        scheduler.add_request(
-            make_request(f"r{index}", num_prompt_tokens=300, arrival_s=index * 1e-4)
-        )
-    while scheduler.load().num_decoding < NUM_RUNNING:
-        _, now_s, _ = run_step(scheduler, now_s)
-    for index in range(num_queued):
-        scheduler.add_request(
-            make_request(
-                f"q{index}", num_prompt_tokens=200 + index % 2000, arrival_s=now_s + index * 1e-4
-            )
-        )
-    return now_s
-
-
 def cost_figures(num_steps: int) -> dict[str, float]:
     """Return medians per step, ours and vLLM's, step by step in turns."""
     from benchmarks.shared.vllm_scheduler import VllmScheduler
@@ -203,7 +183,7 @@ def cost_figures(num_steps: int) -> dict[str, float]:
     for num_queued in QUEUE_LENGTHS:
         ours = SlideBatchingScheduler(CAPABILITIES, BatchLatencyModel(PROFILE))
         theirs = VllmScheduler(CAPABILITIES, policy="priority")
-        ours_now_s, theirs_now_s = loaded(ours, num_queued), loaded(theirs, num_queued)
+        ours_now_s, theirs_now_s = fill(ours, num_queued), fill(theirs, num_queued)
         ours_s, theirs_s = [], []
         for _ in range(num_steps):
             seconds, ours_now_s, _ = run_step(ours, ours_now_s)
