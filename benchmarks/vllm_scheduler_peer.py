@@ -46,8 +46,11 @@ from orchestrator.yaml_config import load_yaml_model
 from router.policy import LeastLoadPolicy
 
 CONFIG = Path("configs/simulations/h200-7b.yaml")
-RATES = (1.0, 1.3)
-"""In knees of Sarathi-FCFS."""
+RATE = 1.3
+"""In knees of Sarathi-FCFS; a constant, since below the knee all schedulers earn nearly all."""
+
+MAX_REQUESTS = 300
+"""Per replay; vLLM's scheduler takes milliseconds a step."""
 
 OURS = ("slide-batching", "sarathi-fcfs", "sarathi-priority")
 """Sarathi's are in what follows the schedulers most like vLLM's that are our own code."""
@@ -62,7 +65,6 @@ class Scene:
     config: SimulationConfig
     trace_index: int
     calibration: Calibration
-    rate: float
     seed: int
 
 
@@ -71,7 +73,6 @@ class Outcome:
     """What one scheduler made of it."""
 
     trace: str
-    rate: float
     policy: str
     tdg_ratio: float
     slo_attainment: float
@@ -101,7 +102,7 @@ def run_scene(scene: Scene) -> list[Outcome]:
         config,
         trace,
         slo=scene.calibration.slo,
-        requests_per_s=scene.rate * knee_rate,
+        requests_per_s=RATE * knee_rate,
         seed=scene.seed,
     )
     window = counted_window(config, workload)
@@ -115,44 +116,43 @@ def run_scene(scene: Scene) -> list[Outcome]:
             )
         gain: GainReport = GainTable(result.records, config.metrics.gain_weights).report(window)
         outcomes.append(
-            Outcome(trace.name, scene.rate, policy, gain.tdg_ratio, gain.slo_attainment,
+            Outcome(trace.name, policy, gain.tdg_ratio, gain.slo_attainment,
                     result.num_preemptions)
         )  # fmt: skip
     return outcomes
 
 
 def compare(*, quick: bool, num_seeds: int) -> list[dict[str, object]]:
-    """Return a row per trace, rate and scheduler: means and 95 % intervals over seeds."""
+    """Return a row per trace and scheduler: means and 95 % intervals over seeds."""
     config = load_yaml_model(CONFIG, SimulationConfig)
-    if quick:
-        traces = [t.model_copy(update={"num_requests": 100}) for t in config.traces[:2]]
-        config = config.model_copy(update={"traces": tuple(traces)})
-    num_seeds = 1 if quick else num_seeds
-    rates = RATES[-1:] if quick else RATES
+    limit = 100 if quick else MAX_REQUESTS
+    traces = [
+        t.model_copy(update={"num_requests": min(t.num_requests or limit, limit)})
+        for t in config.traces[: 2 if quick else None]
+    ]
+    config = config.model_copy(update={"traces": tuple(traces), "num_seeds": num_seeds})
     with workers(2, Console(stderr=True)) as pool:
         tasks = [(config, index) for index in range(len(config.traces))]
         calibrations = pool.do("calibrate", calibrate_trace, tasks)
         scenes = [
-            Scene(config, index, calibration, rate, seed)
+            Scene(config, index, calibration, seed)
             for index, calibration in enumerate(calibrations)
-            for rate in rates
             for seed in range(num_seeds)
         ]
         results = pool.do("replay", run_scene, scenes)
-    groups: dict[tuple[str, float, str], list[Outcome]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
     for outcome in (outcome for outcomes in results for outcome in outcomes):
-        groups[outcome.trace, outcome.rate, outcome.policy].append(outcome)
+        groups[outcome.trace, outcome.policy].append(outcome)
     rows: list[dict[str, object]] = []
-    for (trace, rate, policy), of_seeds in groups.items():
+    for (trace, policy), of_seeds in groups.items():
         tdg = shown([o.tdg_ratio for o in of_seeds])
         attainment = shown([o.slo_attainment for o in of_seeds])
         num_preemptions = statistics.mean(o.num_preemptions for o in of_seeds)
-        print(f"{trace:28} {rate:4} {policy:17} TDG {tdg} attained {attainment} "
+        print(f"{trace:28} {policy:17} TDG {tdg} attained {attainment} "
               f"{num_preemptions:6.0f} preemptions")  # fmt: skip
         rows.append(
             {
                 "trace": trace,
-                "rate": rate,
                 "policy": policy,
                 "tdg_ratio": [o.tdg_ratio for o in of_seeds],
                 "slo_attainment": [o.slo_attainment for o in of_seeds],
@@ -210,8 +210,11 @@ def main() -> None:
     except ImportError:
         sys.exit("vLLM is not installed here; run `make peer-vllm` and use .venv-vllm/bin/python")
     figures = cost_figures(30 if arguments.quick else 300)
-    rows = compare(quick=arguments.quick, num_seeds=arguments.seeds)
-    report({"vllm": vllm.__version__, **figures, "replays": rows}, file_name=arguments.json)
+    rows = compare(quick=arguments.quick, num_seeds=1 if arguments.quick else arguments.seeds)
+    report(
+        {"vllm": vllm.__version__, **figures, "rate_in_knees": RATE, "replays": rows},
+        file_name=arguments.json,
+    )
 
 
 if __name__ == "__main__":
