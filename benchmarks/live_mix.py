@@ -284,13 +284,13 @@ def ranking(figures: Mapping[str, Mapping[str, float]]) -> list[str]:
 def main() -> None:
     """Run the benchmark."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--num-requests", type=int, default=120)
-    parser.add_argument("--load", type=float, default=1.3, help="times the sustained rate")
+    parser.add_argument("--num-requests", type=int, default=180)
+    parser.add_argument("--load", type=float, default=1.5, help="times the sustained rate")
     arguments = parser.parse_args()
     count = 4 if arguments.quick else arguments.num_requests
     schedulers = SCHEDULERS[:1] if arguments.quick else SCHEDULERS
     requests = make_requests(count, seed=0)
-    num_probe = max(4, count // 4)
+    num_probe = max(4, count // 3)
     live: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as directory:
         with serving(REFERENCE, Path(directory)) as url:
