@@ -36,6 +36,9 @@ class EngineCapabilities:
     max_model_len: int
     """Prompt and output tokens of one request."""
 
+    num_layer_groups: int = 1
+    """Onboarded blocks arrive in so many parts, each in time for the first layer that reads it."""
+
 
 @dataclass(slots=True)
 class ScheduledRequest:
@@ -104,7 +107,8 @@ class SchedulerOutput:
 
     step_id: int
     scheduled: tuple[ScheduledRequest, ...]
-    """In scheduling order; may be empty."""
+    """In scheduling order. Empty only if there is nothing to compute, or everything waits for
+    copies; the engine then waits until a copy ends, if any is on its way."""
 
     preempted_ids: tuple[str, ...]
     """Requests that lost their KV blocks to make room for this step."""
@@ -113,12 +117,18 @@ class SchedulerOutput:
     """Requests that ended since the step before; the engine drops what it keeps of them."""
 
     transfers: tuple[KVTransfer, ...]
-    """Copies to start with this step."""
+    """Copies to start with this step, before it computes. Blocks of an `onboard` may be read by
+    this very step: the engine makes each layer wait for its part of them. Blocks of an `offload`
+    are full, and nobody writes to them before the engine has reported the copy."""
 
     predicted_step_s: float
     reasons: ScheduleReasons
     shape: BatchShape = field(default_factory=BatchShape)
     """What the prediction was made from; empty if the plan's maker predicts nothing."""
+
+    waits_for_transfers: bool = False
+    """Nothing is computed before the copies of this step have ended: what a node without
+    asynchronous copies would do, to compare with."""
 
     @property
     def num_new_tokens(self) -> int:
@@ -139,6 +149,19 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyFigures:
+    """Copies that ended with a step."""
+
+    offloaded_bytes: int = 0
+    onboarded_bytes: int = 0
+    copy_s: float = 0.0
+    """Time the copies took, each direction by itself, summed."""
+
+    exposed_s: float = 0.0
+    """Time in which the step waited for copies instead of computing."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
     """What a step produced."""
 
@@ -153,6 +176,14 @@ class StepOutput:
     """request_id -> one entry per new token, for requests that asked."""
 
     completed_transfers: tuple[int, ...] = ()
+    """Copies that have ended. Each copy is reported once, here or in `failed_transfers`: an
+    `onboard` with the step that starts it, an `offload` with that one or any later one."""
+
+    failed_transfers: Mapping[int, str] = field(default_factory=dict)
+    """transfer_id -> message; what the copy wrote is worth nothing. A scheduled request whose
+    `onboard` failed is not in `new_token_ids`, nor in `failed`: it can be computed again."""
+
+    copies: CopyFigures = CopyFigures()
     failed: Mapping[str, str] = field(default_factory=dict)
     """request_id -> message, for requests that this step ends with an error."""
 
@@ -241,7 +272,7 @@ class Engine(Protocol):
         ...
 
     def step(self, plan: SchedulerOutput) -> StepOutput:
-        """Compute one step and return when its tokens are known.
+        """Start the step's copies, compute it, and return when its tokens are known.
 
         Raises:
             EngineStepError: the step failed; the engine can go on without the named requests.
