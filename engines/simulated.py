@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engines.host_link import HostLink
+from orchestrator.core.kv_transfer import TransferDirection
 from orchestrator.core.latency import BatchLatencyModel, BatchShape
-from orchestrator.core.ports import EngineCapabilities, SchedulerOutput, StepOutput
+from orchestrator.core.ports import CopyFigures, EngineCapabilities, SchedulerOutput, StepOutput
 
 STOP_TOKEN_ID = 0
 """The last token of a request whose output length is known; a stop token of its request."""
@@ -56,11 +58,16 @@ class SimulatedEngine:
         *,
         output_lengths: Mapping[str, int],
         error: StepTimeError = StepTimeError(),
+        link: HostLink | None = None,
+        block_bytes: int = 0,
     ) -> None:
+        """Without a `link`, plans hold no copies. `block_bytes` is one KV block's size."""
         self._capabilities = capabilities
         self._model = model
         self._output_lengths = output_lengths
         self._error = error
+        self._link = link
+        self._block_bytes = block_bytes
         self._random = np.random.default_rng(error.seed)
         self._factors: list[float] = []
         self.num_steps = 0
@@ -111,8 +118,48 @@ class SimulatedEngine:
         step_s = self._model.predict_s(shape) * self._next_factor()
         self.num_steps += 1
         self.num_computed_tokens += prefill_tokens + num_decodes
+        if self._link is not None and (plan.transfers or self._link.has_copies):
+            return self._step_with_copies(self._link, plan, new_token_ids, step_s)
         self.busy_s += step_s
         return StepOutput(plan.step_id, new_token_ids, step_s)
+
+    def _step_with_copies(
+        self,
+        link: HostLink,
+        plan: SchedulerOutput,
+        new_token_ids: dict[str, tuple[int, ...]],
+        compute_s: float,
+    ) -> StepOutput:
+        """Let copies run beside a step. The link's time passes while steps run."""
+        now_s = self.busy_s
+        link.start(plan.transfers, now_s)
+        onboards = [t for t in plan.transfers if t.direction is TransferDirection.ONBOARD]
+        if plan.waits_for_transfers:
+            end_s = max(now_s, link.end_s(plan.transfers)) + compute_s
+        else:
+            num_groups = self._capabilities.num_layer_groups
+            end_s = link.compute_end_s(onboards, now_s, compute_s, num_groups=num_groups)
+        end_s = max(end_s, link.end_s(onboards))
+        if not plan.scheduled and not onboards and link.has_copies:
+            end_s = max(end_s, link.next_end_s)
+        ended, copy_s = link.pop_ended(end_s)
+        self.busy_s = end_s
+        num_onboarded = sum(
+            len(t.device_block_ids) for t in ended if t.direction is TransferDirection.ONBOARD
+        )
+        num_offloaded = sum(len(t.device_block_ids) for t in ended) - num_onboarded
+        return StepOutput(
+            plan.step_id,
+            new_token_ids,
+            end_s - now_s,
+            completed_transfers=tuple(t.transfer_id for t in ended),
+            copies=CopyFigures(
+                offloaded_bytes=num_offloaded * self._block_bytes,
+                onboarded_bytes=num_onboarded * self._block_bytes,
+                copy_s=copy_s,
+                exposed_s=end_s - now_s - compute_s,
+            ),
+        )
 
     def close(self) -> None:
         """Nothing to release."""

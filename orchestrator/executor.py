@@ -121,7 +121,7 @@ class ExecutorLoop:
         events = self._scheduler.update_from_output(plan, output, stepped_s)
         if events:
             self._emit(events)
-        if plan.scheduled:
+        if plan.scheduled or plan.transfers or output.completed_transfers:
             schedule_s = (planned_s - started_s) + (self._clock.now_s() - stepped_s)
             load, errors = self._scheduler.load(), self._scheduler.step_errors()
             self._report(StepFigures(plan, output, schedule_s, load, errors))
@@ -142,6 +142,7 @@ class ExecutorLoop:
                 step_id=plan.step_id,
                 new_token_ids={},
                 step_s=0.0,
+                failed_transfers={t.transfer_id: message for t in plan.transfers},
                 failed={part.request_id: message for part in plan.scheduled},
             )
         self._num_failures = 0

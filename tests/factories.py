@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator.core.batch_scheduler import BatchScheduler
+from orchestrator.core.kv_transfer import CopyProfile
 from orchestrator.core.latency import BatchLatencyModel, LatencyProfile
 from orchestrator.core.ports import EngineCapabilities, SchedulerOutput, StepOutput
 from orchestrator.core.request import Request, RequestSpec, SamplingParams
@@ -38,14 +39,28 @@ def make_capabilities(
     max_num_batched_tokens: int = 2048,
     max_num_seqs: int = 64,
     max_model_len: int = 8192,
+    num_host_blocks: int = 0,
+    num_layer_groups: int = 4,
 ) -> EngineCapabilities:
     return EngineCapabilities(
         block_size_tokens=block_size_tokens,
         num_device_blocks=num_device_blocks,
-        num_host_blocks=0,
+        num_host_blocks=num_host_blocks,
+        num_layer_groups=num_layer_groups,
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
+    )
+
+
+def make_copy_profile(*, block_s: float = 0.001, start_s: float = 0.0) -> CopyProfile:
+    """One millisecond a block in both directions, half as fast when both are busy."""
+    return CopyProfile(
+        onboard_block_s=block_s,
+        offload_block_s=block_s,
+        contended_onboard_block_s=2 * block_s,
+        contended_offload_block_s=2 * block_s,
+        start_s=start_s,
     )
 
 
@@ -105,15 +120,24 @@ def make_scheduler(
 
 
 def run_step(
-    scheduler: BatchScheduler, now_s: float, *, token_id: int = 7, step_s: float | None = None
+    scheduler: BatchScheduler,
+    now_s: float,
+    *,
+    token_id: int = 7,
+    step_s: float | None = None,
+    ended_copies: Sequence[int] = (),
 ) -> tuple[SchedulerOutput, float]:
-    """Schedule one step, let a perfect engine compute it, and return the plan and the end."""
+    """Schedule one step, let a perfect engine compute it, and return the plan and the end.
+
+    All copies of the step end with it, and these of steps before.
+    """
     plan = scheduler.schedule(now_s)
     duration_s = plan.predicted_step_s if step_s is None else step_s
     output = StepOutput(
         step_id=plan.step_id,
         new_token_ids={p.request_id: (token_id,) for p in plan.scheduled if p.is_sampled},
         step_s=duration_s,
+        completed_transfers=(*ended_copies, *(t.transfer_id for t in plan.transfers)),
     )
     scheduler.update_from_output(plan, output, now_s + duration_s)
     return plan, now_s + duration_s

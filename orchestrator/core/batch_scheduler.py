@@ -16,6 +16,9 @@ import numpy as np
 from orchestrator.core.admission import check_request
 from orchestrator.core.errors import KVIntegrityError, RequestRejected
 from orchestrator.core.kv_cache import KVCacheManager
+from orchestrator.core.kv_options import RECOMPUTE, KVCacheOptions
+from orchestrator.core.kv_planner import Claim, Claims, KVPlanner, KVStep
+from orchestrator.core.kv_transfer import CopyProfile
 from orchestrator.core.latency import BatchLatencyModel, BatchShape
 from orchestrator.core.latency_correction import StepErrors
 from orchestrator.core.ports import (
@@ -28,7 +31,7 @@ from orchestrator.core.ports import (
 )
 from orchestrator.core.ranking import Ranking, RankOrder
 from orchestrator.core.request import FinishReason, Request, RequestStatus
-from orchestrator.core.request_table import Flags, Floats, Indices, RequestTable
+from orchestrator.core.request_table import Flags, Floats, RequestTable
 from orchestrator.core.slo import DeadlineAnchor
 from orchestrator.core.step_builder import StepBuilder, is_decode_step
 
@@ -50,13 +53,34 @@ class BatchScheduler(ABC):
         self._capabilities = capabilities
         self._model = model.fresh()
         self._scan_limit = scan_limit
-        self._kv = KVCacheManager(
-            num_device_blocks=capabilities.num_device_blocks,
-            block_size_tokens=capabilities.block_size_tokens,
-        )
         self._table = RequestTable(anchor)
+        self._kv_planner = self._make_kv_planner(RECOMPUTE, None)
         self._finished_ids: list[str] = []
         self._next_step_id = 0
+
+    @final
+    def use_kv_options(self, options: KVCacheOptions, copies: CopyProfile | None) -> None:
+        """Keep, share and copy KV by these options from now on; before the first request.
+
+        Until then, nothing is kept: what a request loses is computed again. `copies` says how
+        long copies take; without, and on engines without host blocks, none are made.
+        """
+        assert not self.has_requests, "KV options are set before the first request"
+        self._kv_planner = self._make_kv_planner(options, copies)
+
+    def _make_kv_planner(self, options: KVCacheOptions, copies: CopyProfile | None) -> KVPlanner:
+        return KVPlanner(
+            self._capabilities,
+            self._table,
+            self._model,
+            options=options,
+            copies=copies,
+            claims=Claims(self._claim, self._may_claim),
+        )
+
+    @property
+    def _kv(self) -> KVCacheManager:
+        return self._kv_planner.kv
 
     @abstractmethod
     def _rank(self, now_s: float) -> Ranking:
@@ -96,6 +120,7 @@ class BatchScheduler(ABC):
             )
         self._on_arrival(request)
         self._table.add(request)
+        self._kv_planner.note_arrival(len(self._table) - 1)
 
     @final
     def abort_request(self, request_id: str) -> RequestEvent | None:
@@ -110,30 +135,33 @@ class BatchScheduler(ABC):
     def schedule(self, now_s: float) -> SchedulerOutput:
         """Plan the next step. See `core.ports.Scheduler`."""
         if not self.has_requests:
-            return self._plan(None, (), ScheduleReasons())
+            return self._plan(None, ScheduleReasons())
         ranking = self._rank(now_s)
         step = StepBuilder(self._model, self._capabilities, ranking.rules)
         order = RankOrder(self._table, ranking.group, ranking.key)
-        preempted_ids: set[str] = set()
+        kv = self._kv_planner
+        kv.begin_step(order, now_s, min(ranking.rules.budget_s, step.longest_s))
         skipped: dict[str, str] = {}
         is_decode = self._table.is_decode_step
         num_reserved = (1 - ranking.rules.admission_kv_fraction) * self._kv.num_device_blocks
-        for row in self._one_by_one(step, order, is_decode, preempted_ids):
+        for row in self._one_by_one(step, order, is_decode):
             if step.is_full:
                 break
             request = self._table.requests[row]
-            if preempted_ids and request.request_id in preempted_ids:
+            if request.request_id in kv.step.preempted_ids:
                 continue
             obstacle: str | None = "KV memory is nearly full"
             if self._kv.num_free_device_blocks >= num_reserved or self._table.num_blocks[row]:
                 place = self._place_decode if is_decode[row] else self._place_prefill
-                obstacle = place(step, row, order, now_s, preempted_ids)
+                obstacle = place(step, row, len(skipped))
             if obstacle is not None:
                 skipped[request.request_id] = obstacle
                 if len(skipped) == self._scan_limit:
                     break
-        if not step.scheduled:
-            self._force_first(step, order, preempted_ids)
+        # Who waits for a copy has been promised room; forcing somebody in would take it.
+        if not step.scheduled and not kv.step.is_waiting and not kv.step.transfers:
+            self._force_first(step, order)
+        kv.offload_ahead(step.predicted_s, (part.request_id for part in step.scheduled))
         reasons = ScheduleReasons(
             latency_budget_s=ranking.rules.budget_s,
             load_s=ranking.load_s,
@@ -141,24 +169,35 @@ class BatchScheduler(ABC):
             num_normal=len(self._table) - ranking.num_urgent,
             num_starved=len(ranking.starved_ids),
             skipped=skipped,
+            copy_budget_blocks=kv.step.copy_budget_blocks,
+            num_restored_tokens=kv.step.num_restored_tokens,
+            num_recomputed_tokens=kv.step.num_recomputed_tokens,
         )
-        return self._plan(step, sorted(preempted_ids), reasons)
+        return self._plan(step, reasons)
 
     @final
     def update_from_output(
         self, plan: SchedulerOutput, output: StepOutput, now_s: float
     ) -> list[RequestEvent]:
         """Account for a finished step and return the news, in scheduling order."""
-        # A step that failed, wholly or in part, did not do the work that was priced.
-        if not output.failed and 0 < output.step_s < math.inf:
-            self._model.observe(plan.shape, output.step_s)
+        lost_ids = self._kv_planner.end_transfers(
+            output.completed_transfers, output.failed_transfers
+        )
+        # A step that failed, wholly or in part, did not do the work that was priced; nor is
+        # waiting for copies part of it.
+        computed_s = output.step_s - output.copies.exposed_s
+        if not output.failed and not lost_ids and 0 < computed_s < math.inf:
+            self._model.observe(plan.shape, computed_s)
         events: list[RequestEvent] = []
         decoded_ids: list[str] = []
+        has_keys = self._kv.has_keys
         for part in plan.scheduled:
             request = part.request
             if request.status is RequestStatus.FINISHED:
                 continue
             request_id = request.spec.request_id
+            if lost_ids and request_id in lost_ids:
+                continue
             if output.failed and request_id in output.failed:
                 self._finish(request)
                 error = output.failed[request_id]
@@ -168,6 +207,8 @@ class BatchScheduler(ABC):
             is_sampled = part.is_sampled
             is_plain_decode = part.num_new_tokens == 1 and is_sampled and request.is_decoding
             request.num_computed_tokens += part.num_new_tokens
+            if has_keys:
+                self._kv.name_full_blocks(request)
             if is_sampled:
                 event = self._accept_tokens(request, output, now_s)
                 events.append(event)
@@ -193,6 +234,7 @@ class BatchScheduler(ABC):
             num_queued_prompt_tokens=int(table.num_uncomputed_tokens[is_prefill].sum()),
             num_free_device_blocks=self._kv.num_free_device_blocks,
             num_device_blocks=self._kv.num_device_blocks,
+            kv_blocks=self._kv.counts(),
         )
 
     @final
@@ -225,9 +267,7 @@ class BatchScheduler(ABC):
                 )
             self._table.check_row(row, num_blocks=self._kv.num_owned_blocks(name))
 
-    def _one_by_one(
-        self, step: StepBuilder, order: RankOrder, is_decode: Flags, preempted_ids: set[str]
-    ) -> Iterator[int]:
+    def _one_by_one(self, step: StepBuilder, order: RankOrder, is_decode: Flags) -> Iterator[int]:
         """Yield rows in order; a run of decodes is put into the step on the way, as far as each
         fits as it is, and only the rest of it is yielded."""
         for head in order.sorted_parts():
@@ -235,7 +275,7 @@ class BatchScheduler(ABC):
             bounds = [0, *(np.flatnonzero(np.diff(is_decode_here)) + 1).tolist(), len(head)]
             for start, end in pairwise(bounds):
                 rows = head[start:end]
-                if is_decode_here[start] and not preempted_ids:
+                if is_decode_here[start] and not self._kv_planner.step.preempted_ids:
                     rows = rows[self._place_decodes(step, rows) :]
                 yield from rows
 
@@ -250,15 +290,13 @@ class BatchScheduler(ABC):
         if num_placed == 0:
             return 0
         for position in np.flatnonzero(needs_block[:num_placed]).tolist():
-            self._allocate(rows[position], int(num_computed[position]) + 1)
+            self._kv_planner.allocate(rows[position], int(num_computed[position]) + 1)
         requests = [self._table.requests[row] for row in rows[:num_placed]]
         block_ids = [self._kv.block_ids(request.spec.request_id) for request in requests]
         step.add_decodes(requests, num_computed[:num_placed], block_ids)
         return num_placed
 
-    def _place_decode(
-        self, step: StepBuilder, row: int, order: RankOrder, now_s: float, preempted_ids: set[str]
-    ) -> str | None:
+    def _place_decode(self, step: StepBuilder, row: int, num_skipped: int) -> str | None:
         """Put a decode token into the step; return why it does not fit, or None."""
         request = self._table.requests[row]
         num_computed = request.num_computed_tokens
@@ -269,81 +307,51 @@ class BatchScheduler(ABC):
         if num_computed % self._kv.block_size_tokens:
             block_ids = self._kv.block_ids(request.spec.request_id)  # its last block has room
         else:
-            block_ids = self._blocks(row, 1, order, now_s, preempted_ids)
+            block_ids = self._kv_planner.blocks(row, num_computed + 1)
         if block_ids is None:
-            return _NO_BLOCKS
+            return self._no_blocks()
         request.status = RequestStatus.RUNNING
         step.add_decode(request, cost_s, block_ids)
         return None
 
-    def _place_prefill(
-        self, step: StepBuilder, row: int, order: RankOrder, now_s: float, preempted_ids: set[str]
-    ) -> str | None:
+    def _place_prefill(self, step: StepBuilder, row: int, num_skipped: int) -> str | None:
         """Put a prefill piece into the step; return why none fits, or None."""
-        request = self._table.requests[row]
-        num_tokens = step.num_fitting_tokens(request)
+        request, kv = self._table.requests[row], self._kv_planner
+        restored = kv.restorable(row)
+        if kv.is_parked(row, restored, num_skipped + len(step.scheduled)):
+            kv.park(row, restored)
+            return "the rest of its KV is still on the host"
+        num_cached = request.num_computed_tokens
+        num_cached += restored.num_blocks * self._kv.block_size_tokens
+        stall_s = kv.stall_s(restored)
+        num_wanted = request.num_tokens - num_cached
+        num_tokens = step.num_fitting_tokens(num_wanted, num_cached, stall_s)
         if num_tokens == 0:
             return _NO_ROOM
-        block_ids = self._blocks(row, num_tokens, order, now_s, preempted_ids)
+        block_ids = kv.blocks(row, num_cached + num_tokens, restored)
         if block_ids is None:
-            return _NO_BLOCKS
+            return self._no_blocks()
         request.status = RequestStatus.RUNNING
-        cost_s = step.add_prefill(request, num_tokens, block_ids)
+        cost_s = step.add_prefill(request, num_tokens, block_ids, stall_s)
+        kv.note_scheduled(request, num_tokens)
         self._on_prefill(request, num_tokens, cost_s)
         return None
 
-    def _work_s(self) -> Floats:
-        """Return the predicted cost of everything before each request's next token (17)."""
-        return self._model.marginal_work_s(
-            self._table.num_uncomputed_tokens,
-            self._table.num_computed_tokens,
-            is_decode=self._table.is_decode_step,
+    def _no_blocks(self) -> str:
+        return (
+            "its KV blocks are still being copied"
+            if self._kv_planner.step.is_waiting
+            else ("no KV blocks")
         )
 
-    def _blocks(
-        self,
-        row: int,
-        num_new_tokens: int,
-        order: RankOrder,
-        now_s: float,
-        preempted_ids: set[str],
-    ) -> Sequence[int] | None:
-        """Return the blocks of a request, enough for its new tokens, or None.
+    def _work_s(self) -> Floats:
+        """Return the predicted cost of everything before each request's next token (17)."""
+        return self._table.work_s(self._model)
 
-        Preempts, and adds to `preempted_ids`, as many requests ranked after it as needed; none
-        if preempting all that may be would not be enough.
-        """
-        request = self._table.requests[row]
-        num_tokens = request.num_computed_tokens + num_new_tokens
-        num_missing = self._kv.num_missing_blocks(request.request_id, num_tokens)
-        if num_missing == 0:
-            return self._kv.block_ids(request.request_id)
-        num_short = num_missing - self._kv.num_free_device_blocks
-        if num_short > 0:
-            if not self._may_claim(request, now_s):
-                return None
-            victims: list[Request] = []
-            position, claim = order.position(row), self._claim(request)
-            for victim_row in reversed(order.sort(self._holders())):
-                if num_short <= 0 or order.position(victim_row) <= position:
-                    break
-                victim = self._table.requests[victim_row]
-                if claim < self._claim(victim):
-                    victims.append(victim)
-                    num_short -= self._kv.num_owned_blocks(victim.request_id)
-            if num_short > 0:
-                return None
-            preempted_ids.update(self._preempt(victim) for victim in victims)
-        return self._allocate(row, num_tokens)
-
-    def _claim(self, request: Request) -> tuple[tuple[float, ...], float, str]:
+    def _claim(self, request: Request) -> Claim:
         return self._standing(request), request.arrival_s, request.request_id
 
-    def _holders(self) -> Indices:
-        """Return the rows of requests that own blocks."""
-        return np.flatnonzero(self._table.num_blocks)
-
-    def _force_first(self, step: StepBuilder, order: RankOrder, preempted_ids: set[str]) -> None:
+    def _force_first(self, step: StepBuilder, order: RankOrder) -> None:
         """Put one request into an empty step, whomever it displaces.
 
         The first in order if it has room; else the one with the strongest claim, so that the
@@ -355,21 +363,26 @@ class BatchScheduler(ABC):
             first = min(range(len(requests)), key=lambda row: self._claim(requests[row]))
             num_tokens = self._num_forced(step, first)
         weakest_first = sorted(
-            self._holders().tolist(), key=lambda row: self._claim(requests[row]), reverse=True
+            self._kv_planner.holders().tolist(),
+            key=lambda row: self._claim(requests[row]),
+            reverse=True,
         )
         for row in weakest_first:
             if self._num_short_blocks(first, num_tokens) <= 0:
                 break
             if row != first:
-                preempted_ids.add(self._preempt(requests[row]))
+                self._kv_planner.preempt(requests[row])
+        if self._num_short_blocks(first, num_tokens) > 0:
+            return  # until the copies of what others lost have ended
         request = requests[first]
         needed = request.num_computed_tokens + num_tokens
-        block_ids = self._allocate(first, needed)
+        block_ids = self._kv_planner.allocate(first, needed)
         request.status = RequestStatus.RUNNING
         if is_decode_step(request):
             step.add_decode(request, self._model.decode_s(request.num_computed_tokens), block_ids)
         else:
             cost_s = step.add_prefill(request, num_tokens, block_ids)
+            self._kv_planner.note_scheduled(request, num_tokens)
             self._on_prefill(request, num_tokens, cost_s)
 
     def _num_forced(self, step: StepBuilder, row: int) -> int:
@@ -383,37 +396,18 @@ class BatchScheduler(ABC):
         )
         return num_missing - self._kv.num_free_device_blocks
 
-    def _allocate(self, row: int, num_tokens: int) -> Sequence[int]:
-        block_ids = self._kv.allocate(self._table.requests[row].request_id, num_tokens)
-        assert block_ids is not None, "room was made before"
-        self._table.num_blocks[row] = len(block_ids)
-        return block_ids
-
-    def _preempt(self, request: Request) -> str:
-        """Take all KV from a request, which will be computed again; return its id."""
-        self._kv.free(request.request_id)
-        request.num_computed_tokens = 0
-        request.num_preemptions += 1
-        request.status = RequestStatus.PREEMPTED
-        self._table.refresh(request)
-        self._table.num_blocks[self._table.row_of(request.request_id)] = 0
-        return request.request_id
-
-    def _plan(
-        self,
-        step: StepBuilder | None,
-        preempted_ids: Sequence[str],
-        reasons: ScheduleReasons,
-    ) -> SchedulerOutput:
+    def _plan(self, step: StepBuilder | None, reasons: ScheduleReasons) -> SchedulerOutput:
+        kv_step = self._kv_planner.step if step else KVStep()
         plan = SchedulerOutput(
             step_id=self._next_step_id,
             scheduled=tuple(step.scheduled) if step else (),
-            preempted_ids=tuple(preempted_ids),
+            preempted_ids=tuple(sorted(kv_step.preempted_ids)),
             finished_ids=tuple(self._finished_ids),
-            transfers=(),
+            transfers=tuple(kv_step.transfers),
             predicted_step_s=step.predicted_s if step else 0.0,
             reasons=reasons,
             shape=step.shape if step else BatchShape(),
+            waits_for_transfers=self._kv_planner.is_synchronous,
         )
         self._finished_ids = []
         self._next_step_id += 1
@@ -441,10 +435,10 @@ class BatchScheduler(ABC):
         )
 
     def _finish(self, request: Request) -> None:
-        self._kv.free(request.request_id)
+        self._kv_planner.forget(request)
         request.status = RequestStatus.FINISHED
         self._table.remove(request)
         self._finished_ids.append(request.request_id)
 
 
-_NO_ROOM, _NO_BLOCKS = "too little time or room in this step", "no KV blocks"
+_NO_ROOM = "too little time or room in this step"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from orchestrator.core.kv_cache import KVBlockCounts
 from orchestrator.core.kv_transfer import KVTransfer
 from orchestrator.core.latency import BatchShape
 from orchestrator.core.latency_correction import StepErrors
@@ -99,6 +100,16 @@ class ScheduleReasons:
 
     skipped: Mapping[str, str] = field(default_factory=dict)
     """request_id -> why it was passed over although there was room in the step."""
+
+    copy_budget_blocks: int | None = None
+    """KV blocks that might come back from the host in this step; None if nobody asked."""
+
+    num_restored_tokens: int = 0
+    """Tokens whose KV was found instead of computed: equal beginnings, and what preempted
+    requests got back."""
+
+    num_recomputed_tokens: int = 0
+    """Tokens of this step that were computed before and lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +228,11 @@ class SchedulerLoad:
     """Prompt tokens not yet computed, over requests that have not produced output."""
 
     num_free_device_blocks: int
+    """Blocks that can be had at once, whatever they still hold."""
+
     num_device_blocks: int
+    kv_blocks: KVBlockCounts = field(default_factory=KVBlockCounts)
+    """Blocks by what they are doing."""
 
 
 class Scheduler(Protocol):
@@ -276,6 +291,7 @@ class Engine(Protocol):
 
         Raises:
             EngineStepError: the step failed; the engine can go on without the named requests.
+                None of the copies that the step started is on its way any more, or counts.
         """
         ...
 

@@ -112,6 +112,8 @@ class Request:
     status: RequestStatus = RequestStatus.WAITING
     first_token_s: float | None = None
     num_preemptions: int = 0
+    num_lost_tokens: int = 0
+    """Tokens that were computed before the last loss of KV blocks."""
 
     def __post_init__(self) -> None:
         self.all_token_ids = [*self.spec.prompt_token_ids, *self.output_token_ids]

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.core.errors import KVIntegrityError
+from orchestrator.core.latency import BatchLatencyModel
 from orchestrator.core.request import Request
 from orchestrator.core.slo import DeadlineAnchor, deadline_origin_s
 
@@ -27,6 +28,8 @@ _COLUMNS = (
     "num_computed_tokens",
     "num_prompt_tokens",
     "num_blocks",
+    "num_restorable_tokens",
+    "num_offloaded_blocks",
 )
 
 
@@ -67,7 +70,7 @@ class RequestTable:
         self._row_of[request.request_id] = row
         self.requests.append(request)
         self.refresh(request)
-        self.num_blocks[row] = 0
+        self._data[9:, row] = 0
 
     def remove(self, request: Request) -> None:
         """Drop a row."""
@@ -167,11 +170,32 @@ class RequestTable:
         return self._column(9)
 
     @property
+    def num_restorable_tokens(self) -> Floats:
+        """Tokens after the computed ones whose KV is kept somewhere; kept by the KV planner."""
+        return self._column(10)
+
+    @property
+    def num_offloaded_blocks(self) -> Floats:
+        """Leading blocks that are on the host or on their way; kept by the KV planner."""
+        return self._column(11)
+
+    @property
     def is_decode_step(self) -> Flags:
         """True where the next piece of work is one token after the last output."""
         has_output: Flags = self.num_output_tokens > 0
         is_one_short: Flags = self.num_uncomputed_tokens == 1
         return has_output & is_one_short
+
+    def work_s(self, model: BatchLatencyModel) -> Floats:
+        """Return the predicted cost of everything before each request's next token, if what can
+        be restored is (equation 17)."""
+        num_uncomputed = self.num_uncomputed_tokens - self.num_restorable_tokens
+        is_one_short: Flags = num_uncomputed == 1
+        return model.marginal_work_s(
+            num_uncomputed,
+            self.num_computed_tokens + self.num_restorable_tokens,
+            is_decode=is_one_short & (self.num_output_tokens > 0),
+        )
 
     def deadline_s(self) -> Floats:
         """Return when each request's next token is due (equation 16)."""

@@ -88,6 +88,12 @@ class StepBuilder:
         )
 
     @property
+    def longest_s(self) -> float:
+        """What a step of one prompt with as many tokens as a step may have would take."""
+        constant_s = self._model.step_constant_s(has_prefill=True)
+        return constant_s + self._model.prefill_s(self._max_tokens, 0)
+
+    @property
     def predicted_s(self) -> float:
         """Predicted duration of the step as filled so far; 0 if it is empty."""
         if not self.scheduled:
@@ -116,14 +122,13 @@ class StepBuilder:
             return None
         return cost_s
 
-    def num_fitting_tokens(self, request: Request) -> int:
-        """Return how many tokens of a prefill fit; 0 if none, or too few to be worth it."""
+    def num_fitting_tokens(self, num_wanted: int, num_cached: int, stall_s: float = 0.0) -> int:
+        """Return how many of so many tokens of a prefill fit after its cached ones, if the step
+        has to wait `stall_s` for those; 0 if none, or too few to be worth it."""
         rules = self._rules
         if rules.separate_phases and self.scheduled and not self._num_prefills:
             return 0
-        num_wanted = request.num_uncomputed_tokens
-        num_cached = request.num_computed_tokens
-        left_s = self._left_s()
+        left_s = self._left_s() - stall_s
         num_tokens = min(num_wanted, self._num_tokens_left)
         if self._model.prefill_s(num_tokens, num_cached) > left_s:
             num_tokens = self._model.max_new_tokens(num_cached, left_s)
@@ -175,12 +180,20 @@ class StepBuilder:
         self._num_seqs_left -= 1
         self.scheduled.append(ScheduledRequest(request, num_cached, 1, block_ids))
 
-    def add_prefill(self, request: Request, num_new_tokens: int, block_ids: Sequence[int]) -> float:
-        """Add a prefill piece and return its predicted marginal cost in seconds."""
+    def add_prefill(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        block_ids: Sequence[int],
+        stall_s: float = 0.0,
+    ) -> float:
+        """Add a prefill piece, for whose cached tokens the step waits `stall_s`, and return its
+        predicted marginal cost in seconds."""
         num_cached = request.num_computed_tokens
         cost_s = self._model.prefill_s(num_new_tokens, num_cached)
         if not self._num_prefills:
             self._become_mixed()
+        self._constant_s += stall_s
         self._marginal_s += cost_s
         self._num_prefills += 1
         self._prefill_tokens += num_new_tokens

@@ -53,12 +53,12 @@ def test_integrity_check_names_what_is_wrong() -> None:
     with pytest.raises(KVIntegrityError) as caught:
         kv.check_integrity()
 
-    assert "block 2 is held by the free list and request a" in str(caught.value)
-    assert "block 1 is lost" in str(caught.value)
+    assert "device block 2 counts 0 users, has 1" in str(caught.value)
+    assert "device block 1 counts 1 users, has 0" in str(caught.value)
 
 
 def test_an_empty_pool_is_refused() -> None:
-    with pytest.raises(ValueError, match="0 blocks"):
+    with pytest.raises(ValueError, match="0 device"):
         KVCacheManager(num_device_blocks=0, block_size_tokens=16)
 
 

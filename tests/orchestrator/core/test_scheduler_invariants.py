@@ -10,8 +10,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from orchestrator.core.batch_scheduler import BatchScheduler
 from orchestrator.core.deadline_scheduler import DeadlineOptions
 from orchestrator.core.errors import RequestRejected
+from orchestrator.core.kv_options import KVCacheOptions, KVOffload
+from orchestrator.core.kv_transfer import KVTransfer, TransferDirection
 from orchestrator.core.latency import BatchLatencyModel
-from orchestrator.core.ports import EngineCapabilities, StepOutput
+from orchestrator.core.ports import EngineCapabilities, SchedulerOutput, StepOutput
 from orchestrator.core.request import FinishReason
 from orchestrator.core.scheduler_factory import (
     SCHEDULER_NAMES,
@@ -20,7 +22,13 @@ from orchestrator.core.scheduler_factory import (
     make_scheduler,
 )
 from orchestrator.core.slide_batching import SlideBatchingOptions
-from tests.factories import make_capabilities, make_profile, make_request, run_step
+from tests.factories import (
+    make_capabilities,
+    make_copy_profile,
+    make_profile,
+    make_request,
+    run_step,
+)
 
 MODEL = BatchLatencyModel(make_profile())
 
@@ -50,16 +58,36 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_blocks=st.integers(4, 20),
         max_tokens=st.integers(8, 64),
         max_seqs=st.integers(1, 6),
+        num_host_blocks=st.sampled_from([0, 3, 40]),
+        kv_options=st.builds(
+            KVCacheOptions,
+            prefix_caching=st.booleans(),
+            offload=st.sampled_from(KVOffload),
+            copy_budget=st.booleans(),
+            max_offload_backlog_s=st.sampled_from([0.0, 0.05, 10.0]),
+            parked_rank_fraction=st.sampled_from([0.0, 0.5, 1.0]),
+        ),
     )
-    def start(self, name: SchedulerName, num_blocks: int, max_tokens: int, max_seqs: int) -> None:
+    def start(
+        self,
+        name: SchedulerName,
+        num_blocks: int,
+        max_tokens: int,
+        max_seqs: int,
+        num_host_blocks: int,
+        kv_options: KVCacheOptions,
+    ) -> None:
         self.capabilities = make_capabilities(
             num_device_blocks=num_blocks,
             block_size_tokens=4,
             max_num_batched_tokens=max_tokens,
             max_num_seqs=max_seqs,
             max_model_len=64,
+            num_host_blocks=num_host_blocks,
         )
         self.scheduler = make(name, self.capabilities)
+        self.scheduler.use_kv_options(kv_options, make_copy_profile())
+        self.offloads: list[int] = []  # on their way
         self.now_s = 0.0
         self.num_added = 0
         self.live: dict[str, int] = {}  # request_id -> tokens delivered
@@ -107,13 +135,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert plan.predicted_step_s <= plan.reasons.latency_budget_s or len(plan.scheduled) == 1
         assert plan.num_new_tokens <= caps.max_num_batched_tokens
         assert len(plan.scheduled) <= caps.max_num_seqs
-        assert bool(plan.scheduled) == bool(self.live)
+        waits_for_copies = bool(plan.transfers or self.offloads)
+        assert bool(plan.scheduled) == bool(self.live) or (self.live and waits_for_copies)
         part_ids = [p.request_id for p in plan.scheduled]
         assert len(set(part_ids)) == len(part_ids)
         assert set(part_ids) <= self.live.keys()
         assert set(plan.preempted_ids).isdisjoint(part_ids)
-        used_block_ids = [block_id for p in plan.scheduled for block_id in p.block_ids]
-        assert len(set(used_block_ids)) == len(used_block_ids)
+        # A block that is written to has one owner, and nobody copies it meanwhile.
+        written = [
+            p.block_ids[index]
+            for p in plan.scheduled
+            for index in range(
+                p.num_computed_tokens // caps.block_size_tokens,
+                -(-(p.num_computed_tokens + p.num_new_tokens) // caps.block_size_tokens),
+            )
+        ]
+        copied = [b for t in plan.transfers for b in t.device_block_ids]
+        assert len(set(written)) == len(written)
+        assert set(written).isdisjoint(copied)
         for part in plan.scheduled:
             num_covered = len(part.block_ids) * caps.block_size_tokens
             assert part.num_computed_tokens + part.num_new_tokens <= num_covered
@@ -125,11 +164,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             for p in plan.scheduled
             if p.is_sampled and p.request_id != failed_id
         }
+        completed, failed = self._end_copies(data, plan)
+        lost_ids = {t.request_id for t in plan.transfers if t.transfer_id in failed
+                    and t.direction is TransferDirection.ONBOARD}  # fmt: skip
         output = StepOutput(
             step_id=plan.step_id,
-            new_token_ids=token_ids,
+            new_token_ids={i: tokens for i, tokens in token_ids.items() if i not in lost_ids},
             step_s=0.01,
-            failed={} if failed_id is None else {failed_id: "injected"},
+            completed_transfers=completed,
+            failed_transfers=dict.fromkeys(failed, "injected"),
+            failed={} if failed_id is None or failed_id in lost_ids else {failed_id: "injected"},
         )
         self.now_s += 0.01
 
@@ -138,6 +182,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.live[event.request_id] += len(event.new_token_ids)
             if event.finish_reason is not None:  # invariant 6: no event after the last one
                 del self.live[event.request_id]
+
+    def _end_copies(
+        self, data: st.DataObject, plan: SchedulerOutput
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return which copies ended well and which did not: all onboards, some offloads."""
+        onboards = [t.transfer_id for t in plan.transfers if _is_onboard(t)]
+        self.offloads += [t.transfer_id for t in plan.transfers if not _is_onboard(t)]
+        least = 1 if self.offloads and not plan.scheduled and not onboards else 0
+        num_ended = data.draw(st.integers(least, len(self.offloads)), label="ended offloads")
+        ended, self.offloads = self.offloads[:num_ended], self.offloads[num_ended:]
+        outcomes = [*onboards, *ended]
+        failed = data.draw(st.sampled_from([None, *outcomes]), label="failed copy")
+        return tuple(i for i in outcomes if i != failed), () if failed is None else (failed,)
 
     @invariant()
     def accounting_holds(self) -> None:
@@ -154,12 +211,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         for _ in range(5000):
-            if not self.scheduler.has_requests:
+            if not self.scheduler.has_requests and not self.offloads:
                 break
-            _, self.now_s = run_step(self.scheduler, self.now_s)
+            _, self.now_s = run_step(self.scheduler, self.now_s, ended_copies=self.offloads)
+            self.offloads = []
         load = self.scheduler.load()
         assert not self.scheduler.has_requests
         assert load.num_free_device_blocks == load.num_device_blocks
+
+
+def _is_onboard(transfer: KVTransfer) -> bool:
+    return transfer.direction is TransferDirection.ONBOARD
 
 
 SchedulerMachine.TestCase.settings = settings(
