@@ -11,6 +11,7 @@ from orchestrator.core.scheduler_factory import SchedulerName, SchedulerOptions,
 from orchestrator.scheduler_config import (
     CorrectionSection,
     DeadlineSection,
+    KVCacheSection,
     SarathiSection,
     SlideBatchingSection,
 )
@@ -74,6 +75,9 @@ class NodeConfig(BaseModel):
 
     sarathi: SarathiSection | None = None
     """Parameters of `sarathi-fcfs`, `sarathi-priority`, `weighted-vtc` and `strict-priority`."""
+
+    kv_cache: KVCacheSection = KVCacheSection()
+    """What is kept of the KV cache when a request ends or is preempted."""
 
     latency_correction: CorrectionSection = CorrectionSection()
     """How predicted step durations follow the measured ones."""

@@ -1,4 +1,4 @@
-"""Options of schedulers and of their latency model, as sections of YAML files."""
+"""Options of schedulers, their latency model and their KV blocks, as sections of YAML files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from orchestrator.core.baselines import SarathiOptions
 from orchestrator.core.deadline_scheduler import DeadlineOptions
+from orchestrator.core.kv_options import KVCacheOptions
 from orchestrator.core.latency_correction import CorrectionOptions
 from orchestrator.core.slide_batching import SlideBatchingOptions
 
@@ -31,3 +32,8 @@ class SarathiSection(SarathiOptions):
 @pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
 class CorrectionSection(CorrectionOptions):
     """How predicted step durations follow the measured ones."""
+
+
+@pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
+class KVCacheSection(KVCacheOptions):
+    """Prefix reuse, offload of KV blocks to the host, and their reload."""

@@ -9,7 +9,7 @@ from enum import StrEnum
 class KVOffload(StrEnum):
     """What becomes of the KV of a preempted request."""
 
-    OFF = "off"
+    NEVER = "never"
     """It is computed again."""
 
     SYNCHRONOUS = "synchronous"
@@ -31,7 +31,7 @@ class KVCacheOptions:
 
     copy_budget: bool = True
     """Reload no more blocks in a step than its computation hides; the rest is computed again or
-    comes later. Off, whatever a scheduled request has on the host is reloaded at once."""
+    comes later. Without, whatever a scheduled request has on the host is reloaded at once."""
 
     offload_threshold_blocks: int = 2
     """Full blocks of the least valuable request that wait for each other before they are copied
@@ -63,5 +63,5 @@ class KVCacheOptions:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be {rule}")
 
 
-RECOMPUTE = KVCacheOptions(prefix_caching=False, offload=KVOffload.OFF)
+RECOMPUTE = KVCacheOptions(prefix_caching=False, offload=KVOffload.NEVER)
 """Nothing is kept: what a request loses is computed again."""

@@ -74,7 +74,7 @@ class KVPlanner:
         claims: Claims,
     ) -> None:
         """Without `copies`, host blocks and an option that says so, nothing is ever copied."""
-        has_copies = options.offload is not KVOffload.OFF and capabilities.num_host_blocks > 0
+        has_copies = options.offload is not KVOffload.NEVER and capabilities.num_host_blocks > 0
         self._copies: CopyModel | None = None
         if has_copies and copies is not None:
             self._copies = CopyModel(copies, num_layer_groups=capabilities.num_layer_groups)

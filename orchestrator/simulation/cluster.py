@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from engines.simulated import SimulatedEngine
 from orchestrator.core.errors import RequestRejected
 from orchestrator.core.gain import Outcome, RequestRecord
+from orchestrator.core.kv_transfer import TransferDirection
 from orchestrator.core.ports import (
     EngineCapabilities,
     Scheduler,
@@ -53,6 +54,30 @@ class TimelineBin:
     """Only of steps with a finite one."""
 
 
+@dataclass(slots=True)
+class CopyTotals:
+    """What moved between device and host, over all nodes."""
+
+    num_offloaded_blocks: int = 0
+    num_onboarded_blocks: int = 0
+    num_recomputed_tokens: int = 0
+    """Tokens computed again because their KV was lost."""
+
+    exposed_s: float = 0.0
+    """Time in which steps waited for copies."""
+
+    def add(self, plan: SchedulerOutput, output: StepOutput) -> None:
+        """Count a step."""
+        for transfer in plan.transfers:
+            num_blocks = len(transfer.device_block_ids)
+            if transfer.direction is TransferDirection.ONBOARD:
+                self.num_onboarded_blocks += num_blocks
+            else:
+                self.num_offloaded_blocks += num_blocks
+        self.num_recomputed_tokens += plan.reasons.num_recomputed_tokens
+        self.exposed_s += output.copies.exposed_s
+
+
 @dataclass(frozen=True, slots=True)
 class Replay:
     """What happened."""
@@ -68,6 +93,7 @@ class Replay:
     num_computed_tokens: int
     """Tokens put through the model; tokens computed again after a preemption count again."""
 
+    copies: CopyTotals
     busy_fraction: float
     """Share of the nodes' time from 0 to `end_s` in which a step ran."""
 
@@ -160,6 +186,7 @@ class _Cluster:
         self._outcomes = [Outcome.UNFINISHED] * len(workload)
         self._timeline: dict[int, TimelineBin] = {}
         self._num_preemptions = 0
+        self._copies = CopyTotals()
         self._end_s = 0.0
 
     def run(self) -> None:
@@ -197,6 +224,7 @@ class _Cluster:
             num_steps=sum(engine.num_steps for engine in engines),
             num_preemptions=self._num_preemptions,
             num_computed_tokens=sum(engine.num_computed_tokens for engine in engines),
+            copies=self._copies,
             busy_fraction=min(1.0, busy_s / node_s) if node_s > 0 else 0.0,
             timeline=self._timeline,
         )
@@ -242,6 +270,7 @@ class _Cluster:
         node.plan, node.output = plan, output
         heapq.heappush(self._step_ends, (now_s + output.step_s, index))
         self._num_preemptions += len(plan.preempted_ids)
+        self._copies.add(plan, output)
         reasons = plan.reasons
         bin_index = int(now_s / TIMELINE_BIN_S)
         step_bin = self._timeline.get(bin_index)

@@ -10,6 +10,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
@@ -17,6 +18,8 @@ from pydantic import (
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from engines.simulated import StepTimeError
+from orchestrator.core.kv_options import KVCacheOptions
+from orchestrator.core.kv_transfer import CopyProfile
 from orchestrator.core.latency import LatencyProfile
 from orchestrator.core.ports import EngineCapabilities
 from orchestrator.core.slo import GainWeights, PriorityClass, Slo
@@ -34,6 +37,20 @@ _STRICT_DATACLASS = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 @pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
 class ProfileSection(LatencyProfile):
     """The eight coefficients of a step's duration; see `LatencyProfile`."""
+
+
+@pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
+class CopyProfileSection(CopyProfile):
+    """How long copies of KV blocks take; see `CopyProfile`."""
+
+
+@pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
+class KVPolicySection(KVCacheOptions):
+    """What becomes of the KV of preempted requests. The prompts of a trace have lengths but no
+    content, so no two of them begin alike."""
+
+    prefix_caching: Literal[False] = False
+    """Always off."""
 
 
 @pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
@@ -63,6 +80,15 @@ class EngineConfig(BaseModel):
     num_device_blocks: PositiveInt
     """KV blocks in device memory."""
 
+    num_host_blocks: NonNegativeInt = 0
+    """KV blocks in host memory; 0 for no offload."""
+
+    num_layer_groups: PositiveInt = 4
+    """Parts in which reloaded blocks arrive, each in time for its layers."""
+
+    copies: CopyProfileSection | None = None
+    """How long copies between the two take; needed with host blocks."""
+
     max_num_batched_tokens: PositiveInt = 2048
     """New tokens in one step, over all requests."""
 
@@ -77,11 +103,21 @@ class EngineConfig(BaseModel):
         return EngineCapabilities(
             block_size_tokens=self.block_size_tokens,
             num_device_blocks=self.num_device_blocks,
-            num_host_blocks=0,
+            num_host_blocks=self.num_host_blocks,
+            num_layer_groups=self.num_layer_groups,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_num_seqs=self.max_num_seqs,
             max_model_len=self.max_model_len,
         )
+
+    @model_validator(mode="after")
+    def _check_copies(self) -> Self:
+        if self.num_host_blocks and self.copies is None:
+            raise ValueError(
+                f"num_host_blocks is {self.num_host_blocks:,}, so copies are made; say in "
+                "`copies` how long they take"
+            )
+        return self
 
 
 class TraceConfig(BaseModel):
@@ -104,10 +140,15 @@ class TraceConfig(BaseModel):
         return self.file.name.removesuffix(".gz").removesuffix(".csv")
 
 
-class SlideBatchingPolicy(BaseModel):
-    """SlideBatching under test."""
-
+class _Policy(BaseModel):
     model_config = _STRICT
+
+    kv_cache: KVPolicySection = KVPolicySection()
+    """What becomes of the KV of preempted requests, where the engine has host blocks."""
+
+
+class SlideBatchingPolicy(_Policy):
+    """SlideBatching under test."""
 
     scheduler: Literal["slide-batching"]
     """Which scheduler decides."""
@@ -116,10 +157,8 @@ class SlideBatchingPolicy(BaseModel):
     """Its parameters."""
 
 
-class TimeBudgetPolicy(BaseModel):
+class TimeBudgetPolicy(_Policy):
     """Another scheduler with a time budget under test."""
-
-    model_config = _STRICT
 
     scheduler: Literal[
         "fair-batching",
@@ -136,10 +175,8 @@ class TimeBudgetPolicy(BaseModel):
     """Its parameters."""
 
 
-class TokenBudgetPolicy(BaseModel):
+class TokenBudgetPolicy(_Policy):
     """A scheduler with a token budget under test."""
-
-    model_config = _STRICT
 
     scheduler: Literal["sarathi-fcfs", "sarathi-priority", "weighted-vtc", "strict-priority"]
     """Which scheduler decides."""
@@ -148,10 +185,8 @@ class TokenBudgetPolicy(BaseModel):
     """Its parameters."""
 
 
-class PlainPolicy(BaseModel):
+class PlainPolicy(_Policy):
     """A scheduler without parameters under test."""
-
-    model_config = _STRICT
 
     scheduler: Literal["fcfs", "vllm-fcfs"]
     """Which scheduler decides."""

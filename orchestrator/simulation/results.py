@@ -155,6 +155,7 @@ def _csv_rows(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
                 "num_steps": figures.num_steps,
                 "num_preemptions": figures.num_preemptions,
                 "num_computed_tokens": figures.num_computed_tokens,
+                **asdict(figures.copies),
                 "busy_fraction": figures.busy_fraction,
             }
 

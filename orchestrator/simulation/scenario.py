@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from engines.host_link import HostLink
 from engines.simulated import SimulatedEngine
 from orchestrator.core.gain import GainReport, GainTable, MeasurementWindow
 from orchestrator.core.latency import BatchLatencyModel
@@ -15,6 +16,7 @@ from orchestrator.core.scheduler_factory import make_scheduler
 from orchestrator.core.slo import Slo
 from orchestrator.simulation.cluster import (
     TIMELINE_BIN_S,
+    CopyTotals,
     Node,
     Replay,
     ReplayOptions,
@@ -65,6 +67,7 @@ class RunFigures:
     num_steps: int
     num_preemptions: int
     num_computed_tokens: int
+    copies: CopyTotals
     busy_fraction: float
     timeline: tuple[TimelinePoint, ...]
 
@@ -114,20 +117,23 @@ def replay_workload(
     """Run a workload on new nodes under a policy."""
     capabilities = config.engine.capabilities()
     output_lengths = workload.output_lengths()
-    error = config.engine.error
+    error, copies = config.engine.error, config.engine.copies
     max_drain_s = config.metrics.max_drain_s
 
     def make_node(index: int) -> Node:
         model = BatchLatencyModel(config.engine.profile)
+        scheduler = make_scheduler(policy.scheduler, policy.options, capabilities, model)
+        scheduler.use_kv_options(policy.kv_cache, copies)
         return Node(
             endpoint_id=f"node-{index:03d}",
-            scheduler=make_scheduler(policy.scheduler, policy.options, capabilities, model),
+            scheduler=scheduler,
             engine=SimulatedEngine(
                 capabilities,
                 BatchLatencyModel(config.engine.profile),
                 output_lengths=output_lengths,
                 # Every node of every run draws its own noise, the same under every policy.
                 error=replace(error, seed=error.seed + 1000 * seed + index),
+                link=None if copies is None else HostLink(copies),
             ),
         )
 
@@ -172,6 +178,7 @@ def figures_of(config: SimulationConfig, workload: Workload, outcome: Replay) ->
         num_steps=outcome.num_steps,
         num_preemptions=outcome.num_preemptions,
         num_computed_tokens=outcome.num_computed_tokens,
+        copies=outcome.copies,
         busy_fraction=outcome.busy_fraction,
         timeline=_timeline_points(sorted(outcome.timeline.items())),
     )
