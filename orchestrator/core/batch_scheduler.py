@@ -318,6 +318,8 @@ class BatchScheduler(ABC):
         """Put a prefill piece into the step; return why none fits, or None."""
         request, kv = self._table.requests[row], self._kv_planner
         restored = kv.restorable(row)
+        if restored is None:
+            return self._no_blocks()
         if kv.is_parked(row, restored, num_skipped + len(step.scheduled)):
             kv.park(row, restored)
             return "the rest of its KV is still on the host"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Mapping
 
 from orchestrator.core.errors import KVIntegrityError
 
@@ -44,6 +44,11 @@ class BlockPool:
     def num_users(self, block_id: int) -> int:
         """Return how often a block is in use."""
         return self._num_users[block_id]
+
+    @property
+    def contents(self) -> Mapping[Hashable, int]:
+        """What can be found, by key, and where; a live view."""
+        return self._block_of
 
     def find(self, key: Hashable) -> int | None:
         """Return the block with this content; None if there is none."""
@@ -97,10 +102,6 @@ class BlockPool:
         if self._num_users[block_id] == 0:
             del self._idle[block_id]
             self._free.append(block_id)
-
-    def keys(self) -> Iterator[Hashable]:
-        """Yield what can be found."""
-        return iter(self._block_of)
 
     def check_integrity(self, num_expected_users: dict[int, int], *, name: str) -> None:
         """Prove that each block is free, idle or in use exactly as often as expected.

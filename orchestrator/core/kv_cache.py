@@ -221,10 +221,11 @@ class KVCacheManager:
         last = (request.num_tokens - 1) // self.block_size_tokens
         if not self.has_keys or request.num_computed_tokens % self.block_size_tokens:
             return Restorable(())
+        on_device, on_host = self._device.contents, self._host.contents
         is_on_host = []
         for key in self._keys.of(request, last)[first:last]:
-            is_on_device = self._device.find(key) is not None
-            if not is_on_device and self._host.find(key) is None:
+            is_on_device = key in on_device
+            if not is_on_device and key not in on_host:
                 break
             is_on_host.append(not is_on_device)
         return Restorable(tuple(is_on_host))

@@ -17,7 +17,7 @@ from orchestrator.core.kv_options import KVCacheOptions, KVOffload
 from orchestrator.core.kv_transfer import CopyProfile, KVTransfer, TransferDirection
 from orchestrator.core.latency import BatchLatencyModel
 from orchestrator.core.ports import EngineCapabilities
-from orchestrator.core.ranking import RankOrder
+from orchestrator.core.ranking import Position, RankOrder
 from orchestrator.core.request import Request, RequestStatus
 from orchestrator.core.request_table import Floats, Indices, RequestTable
 
@@ -94,6 +94,7 @@ class KVPlanner:
         self._order = RankOrder(table, np.zeros(0), np.zeros(0))
         self._now_s = 0.0
         self._budget_s = 0.0
+        self._holders_from_tail: list[tuple[int, Position, Claim]] | None = None
         self.step = KVStep()
 
     @property
@@ -104,6 +105,7 @@ class KVPlanner:
     def begin_step(self, order: RankOrder, now_s: float, budget_s: float) -> None:
         """Begin to fill a step that may take this long."""
         self._order, self._now_s, self._budget_s = order, now_s, budget_s
+        self._holders_from_tail = None
         self.step = KVStep()
 
     def blocks(self, row: int, num_tokens: int, restored: Restorable = _NOTHING) -> (
@@ -141,13 +143,19 @@ class KVPlanner:
         self._table.num_blocks[row] = len(block_ids)
         return block_ids
 
-    def restorable(self, row: int) -> Restorable:
-        """Return what of a request's KV can be had in this step without computing it."""
+    def restorable(self, row: int) -> Restorable | None:
+        """Return what of a request's KV can be had in this step without computing it; None if
+        there is no room for what was kept of it."""
         if not self.kv.has_keys:
             return _NOTHING
         request = self._table.requests[row]
         if self._table.num_blocks[row] and request.request_id not in self._restorable_ids:
             return _NOTHING
+        # Looking for hundreds of blocks is dear; nobody looks who has no room for them.
+        if (num_expected := self._table.num_restorable_tokens[row]) and self._victims(
+            row, int(num_expected) // self.kv.block_size_tokens + 1
+        ) is None:
+            return None
         everything = self.kv.restorable(request)
         self._note_restorable(row, everything)
         if not everything.num_host_blocks:
@@ -265,30 +273,46 @@ class KVPlanner:
 
     def _make_room(self, row: int, num_blocks: int) -> bool:
         """Have so many blocks at hand; False if that is not possible now."""
-        num_short = num_blocks - self.kv.num_free_device_blocks
-        if num_short <= 0:
-            return True
-        request = self._table.requests[row]
-        if not self._claims.may_claim(request, self._now_s):
-            return False
-        num_short -= self.kv.num_blocks_about_to_free()
-        victims: list[Request] = []
-        position, claim = self._order.position(row), self._claims.of(request)
-        if num_short > 0:
-            for victim_row in reversed(self._order.sort(self.holders())):
-                if num_short <= 0 or self._order.position(victim_row) <= position:
-                    break
-                victim = self._table.requests[victim_row]
-                if claim < self._claims.of(victim):
-                    victims.append(victim)
-                    num_short -= self.kv.num_sole_blocks(victim.request_id)
-        if num_short > 0:
+        victims = self._victims(row, num_blocks)
+        if victims is None:
             return False
         for victim in victims:
             self.preempt(victim)
         has_room = self.kv.num_free_device_blocks >= num_blocks
         self.step.is_waiting |= not has_room
         return has_room
+
+    def _victims(self, row: int, num_blocks: int) -> list[Request] | None:
+        """Return who must be preempted so that a request gets so many blocks, now or when the
+        copies on their way have ended; None if nobody, or too few, may be."""
+        num_short = num_blocks - self.kv.num_free_device_blocks
+        if num_short <= 0:
+            return []
+        request = self._table.requests[row]
+        if not self._claims.may_claim(request, self._now_s):
+            return None
+        num_short -= self.kv.num_blocks_about_to_free()
+        victims: list[Request] = []
+        position, claim = self._order.position(row), self._claims.of(request)
+        for victim_row, victim_position, victim_claim in self._owners_from_tail():
+            if num_short <= 0 or victim_position <= position:
+                break
+            if claim < victim_claim and self._table.num_blocks[victim_row]:
+                victim = self._table.requests[victim_row]
+                victims.append(victim)
+                num_short -= self.kv.num_sole_blocks(victim.request_id)
+        return None if num_short > 0 else victims
+
+    def _owners_from_tail(self) -> list[tuple[int, Position, Claim]]:
+        """Return who owned blocks when somebody first ran short, from the tail of the queue.
+        Who gets blocks while the step is filled ranks before all who come after."""
+        if self._holders_from_tail is None:
+            requests = self._table.requests
+            self._holders_from_tail = [
+                (row, self._order.position(row), self._claims.of(requests[row]))
+                for row in reversed(self._order.sort(self.holders()))
+            ]
+        return self._holders_from_tail
 
     def _adopt(self, row: int, restored: Restorable) -> None:
         request = self._table.requests[row]

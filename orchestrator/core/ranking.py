@@ -15,6 +15,9 @@ from orchestrator.core.step_builder import StepRules
 _CHUNK = 512
 """Rows sorted at once: more than fit into most steps; the rest of a long queue stays unsorted."""
 
+Position = tuple[float, float, float, str]
+"""Group, key, arrival, id: where a request stands in a step's order."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
@@ -72,7 +75,7 @@ class RankOrder:
             result[first : last + 1] = run
         return result
 
-    def position(self, row: int) -> tuple[float, float, float, str]:
+    def position(self, row: int) -> Position:
         """Return where a row stands; compares as the order does."""
         table = self._table
         return (
