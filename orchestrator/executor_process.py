@@ -144,6 +144,10 @@ class ExecutorServer:
                 num_skipped=len(plan.reasons.skipped),
                 num_urgent=plan.reasons.num_urgent,
                 num_normal=plan.reasons.num_normal,
+                num_prefix_tokens=plan.reasons.num_prefix_tokens,
+                num_kept_tokens=plan.reasons.num_kept_tokens,
+                num_recomputed_tokens=plan.reasons.num_recomputed_tokens,
+                copies=output.copies,
                 errors=figures.errors,
                 load=self._load_report(figures.load),
             )

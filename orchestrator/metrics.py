@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from orchestrator.core.kv_cache import KVBlockCounts
 from orchestrator.core.request import FinishReason
 from orchestrator.wire import LoadReport, StepReport
 
@@ -31,14 +32,7 @@ class NodeMetrics:
             registry=registry,
         )
         self._running, self._waiting = running.labels("running"), running.labels("waiting")
-        blocks = Gauge(
-            "proserve_node_kv_blocks",
-            "KV cache blocks, by place and state.",
-            ["place", "state"],
-            registry=registry,
-        )
-        self._free_blocks = blocks.labels("device", "free")
-        self._owned_blocks = blocks.labels("device", "owned")
+        self._kv = KVMetrics(registry)
         tokens = Counter(
             "proserve_node_tokens_total",
             "Tokens computed, by kind of work.",
@@ -101,6 +95,7 @@ class NodeMetrics:
         self._decode_tokens.inc(report.num_decode_tokens)
         self._preemptions.inc(report.num_preempted)
         self._skips.inc(report.num_skipped)
+        self._kv.step_done(report)
         self._schedule_s.observe(report.schedule_s)
         self._urgent.set(report.num_urgent)
         self._normal.set(report.num_normal)
@@ -117,6 +112,65 @@ class NodeMetrics:
             now = load.load
             self._running.set(now.num_running)
             self._waiting.set(now.num_waiting)
-            self._free_blocks.set(now.num_free_device_blocks)
-            self._owned_blocks.set(now.num_device_blocks - now.num_free_device_blocks)
+            self._kv.show(now.kv_blocks)
         return generate_latest(self.registry)
+
+
+class KVMetrics:
+    """What becomes of the KV cache."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        blocks = Gauge(
+            "proserve_node_kv_blocks",
+            "KV cache blocks, by place and state.",
+            ["place", "state"],
+            registry=registry,
+        )
+        # The same names as the fields of KVBlockCounts.
+        self._blocks = {
+            f"{place}_{state}": blocks.labels(place, state)
+            for place, state in (
+                ("device", "free"), ("device", "cached"), ("device", "used"),
+                ("host", "free"), ("host", "cached"),
+                ("copying", "out"), ("copying", "in"),
+            )
+        }  # fmt: skip
+        copied = Counter(
+            "proserve_node_kv_copied_bytes_total",
+            "KV cache copied, by direction: offload is to the host, onboard is back.",
+            ["direction"],
+            registry=registry,
+        )
+        self._offloaded, self._onboarded = copied.labels("offload"), copied.labels("onboard")
+        copy_s = Counter(
+            "proserve_node_kv_copy_seconds_total",
+            "Time that KV copies took: exposed is what steps waited for them, hidden the rest.",
+            ["exposure"],
+            registry=registry,
+        )
+        self._hidden_s, self._exposed_s = copy_s.labels("hidden"), copy_s.labels("exposed")
+        found = Counter(
+            "proserve_node_kv_tokens_total",
+            "Tokens whose KV was known, by what became of it: shared with requests that begin "
+            "alike, kept for a preempted request, or lost and computed again.",
+            ["outcome"],
+            registry=registry,
+        )
+        self._shared_tokens, self._kept_tokens = found.labels("shared"), found.labels("kept")
+        self._lost_tokens = found.labels("lost")
+
+    def step_done(self, report: StepReport) -> None:
+        """Count a step."""
+        self._shared_tokens.inc(report.num_prefix_tokens)
+        self._kept_tokens.inc(report.num_kept_tokens)
+        self._lost_tokens.inc(report.num_recomputed_tokens)
+        copies = report.copies
+        self._offloaded.inc(copies.offloaded_bytes)
+        self._onboarded.inc(copies.onboarded_bytes)
+        self._exposed_s.inc(copies.exposed_s)
+        self._hidden_s.inc(max(0.0, copies.copy_s - copies.exposed_s))
+
+    def show(self, counts: KVBlockCounts) -> None:
+        """Set the gauges."""
+        for name, gauge in self._blocks.items():
+            gauge.set(getattr(counts, name))

@@ -23,7 +23,13 @@ import msgspec
 
 from orchestrator.core.latency import LatencyProfile
 from orchestrator.core.latency_correction import StepErrors
-from orchestrator.core.ports import EngineCapabilities, RequestEvent, SchedulerLoad, TokenLogprobs
+from orchestrator.core.ports import (
+    CopyFigures,
+    EngineCapabilities,
+    RequestEvent,
+    SchedulerLoad,
+    TokenLogprobs,
+)
 from orchestrator.core.request import FinishReason, RequestSpec, SamplingParams
 from orchestrator.core.slo import Slo
 
@@ -43,6 +49,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True, forbid_un
     """None: no objective."""
 
     tpot_s: float | None = None
+    client_id: str = ""
+    """Whose request it is; only requests of the same client share KV."""
 
     def to_spec(self) -> RequestSpec:
         """Return the core's form of this request."""
@@ -52,6 +60,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True, forbid_un
             sampling=self.sampling,
             priority_class=self.priority_class,
             weight=self.weight,
+            client_id=self.client_id,
             slo=Slo(
                 ttft_s=math.inf if self.ttft_s is None else self.ttft_s,
                 tpot_s=math.inf if self.tpot_s is None else self.tpot_s,
@@ -179,6 +188,18 @@ class StepReport(msgspec.Struct, frozen=True, tag=True):
     num_skipped: int
     num_urgent: int
     num_normal: int
+    num_prefix_tokens: int
+    """Tokens that need not be computed, because requests with the same beginning were."""
+
+    num_kept_tokens: int
+    """Tokens of preempted requests that need not be computed again."""
+
+    num_recomputed_tokens: int
+    """Tokens that were computed before and lost."""
+
+    copies: CopyFigures
+    """KV copies that ended with the step."""
+
     errors: tuple[StepErrors, ...]
     """Of recent predictions, for each batch class seen so far."""
 

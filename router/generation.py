@@ -118,6 +118,7 @@ class Generation:
             sampling=sequence.sampling,
             priority_class=plan.priority_class.name,
             weight=plan.priority_class.weight,
+            client_id=plan.client_id,
             ttft_s=plan.slo.ttft_s if math.isfinite(plan.slo.ttft_s) else None,
             tpot_s=plan.slo.tpot_s if math.isfinite(plan.slo.tpot_s) else None,
         )

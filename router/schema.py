@@ -242,7 +242,7 @@ class GenerationBody(Body):
 
     logit_bias: Annotated[Any, refused_unless({})] = None
     user: str | None = None
-    """Accepted and ignored."""
+    """Whose request it is: only requests of the same user share the KV of equal beginnings."""
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -318,5 +318,5 @@ class CompletionBody(GenerationBody):
         return [prompt] if is_one else list(prompt)
 
 
-IGNORED_PARAMETERS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
+IGNORED_PARAMETERS = frozenset({"metadata", "safety_identifier", "prompt_cache_key"})
 """Accepted and without effect; the table of docs/api.md lists the same."""

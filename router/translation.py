@@ -59,6 +59,9 @@ class GenerationPlan:
     model: str
     priority_class: PriorityClass
     slo: Slo
+    client_id: str
+    """Only requests with the same one share KV."""
+
     sequences: tuple[SequencePlan, ...]
     """The answers to the first prompt, then those to the second, and so on."""
 
@@ -170,6 +173,7 @@ class Translator:
             model=body.model,
             priority_class=priority_class,
             slo=slo,
+            client_id=body.user or "",
             sequences=tuple(
                 SequencePlan(
                     prompt,

@@ -8,6 +8,7 @@ from engines.manifest import MANIFEST_FILE, FileEntry, ProfileConditions, read_m
 from engines.torch_engine.engine import TorchEngine, TorchEngineOptions, kv_block_bytes
 from orchestrator.config import NodeConfig
 from orchestrator.core.errors import ConfigError
+from orchestrator.core.kv_transfer import CopyProfile
 from orchestrator.core.latency import BatchLatencyModel
 from orchestrator.core.ports import EngineCapabilities, Scheduler
 from orchestrator.core.scheduler_factory import make_scheduler
@@ -47,7 +48,7 @@ def load_engine(config: NodeConfig) -> LoadedEngine:
     model = BatchLatencyModel(manifest.latency_profile, config.latency_correction)
     return LoadedEngine(
         engine=engine,
-        scheduler=_make_scheduler(config, engine.capabilities, model),
+        scheduler=_make_scheduler(config, engine.capabilities, model, None),
         model=manifest.model_name,
         latency_profile=manifest.latency_profile,
         manifest_sha256=FileEntry.of(section.directory / MANIFEST_FILE).sha256,
@@ -67,12 +68,19 @@ def _warn_of_foreign_profile(config: NodeConfig, measured: ProfileConditions) ->
 
 
 def _make_scheduler(
-    config: NodeConfig, capabilities: EngineCapabilities, model: BatchLatencyModel
+    config: NodeConfig,
+    capabilities: EngineCapabilities,
+    model: BatchLatencyModel,
+    copies: CopyProfile | None,
 ) -> Scheduler:
     try:
-        return make_scheduler(config.scheduler, config.scheduler_options(), capabilities, model)
+        scheduler = make_scheduler(
+            config.scheduler, config.scheduler_options(), capabilities, model
+        )
     except ValueError as error:
         raise ConfigError(f"scheduler {config.scheduler}: {error}") from error
+    scheduler.use_kv_options(config.kv_cache, copies)
+    return scheduler
 
 
 def _num_device_blocks(config: NodeConfig, block_size_tokens: int) -> int:

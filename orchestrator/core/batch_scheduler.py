@@ -170,7 +170,8 @@ class BatchScheduler(ABC):
             num_starved=len(ranking.starved_ids),
             skipped=skipped,
             copy_budget_blocks=kv.step.copy_budget_blocks,
-            num_restored_tokens=kv.step.num_restored_tokens,
+            num_prefix_tokens=kv.step.num_prefix_tokens,
+            num_kept_tokens=kv.step.num_kept_tokens,
             num_recomputed_tokens=kv.step.num_recomputed_tokens,
         )
         return self._plan(step, reasons)

@@ -50,8 +50,11 @@ class KVStep:
     """Blocks that may be reloaded; None until somebody asked."""
 
     num_reloaded_blocks: int = 0
-    num_restored_tokens: int = 0
-    """Tokens of requests that did not have to be computed again, or at all."""
+    num_prefix_tokens: int = 0
+    """Tokens that did not have to be computed, because others had computed them."""
+
+    num_kept_tokens: int = 0
+    """Tokens of preempted requests that did not have to be computed again."""
 
     num_recomputed_tokens: int = 0
     """Tokens of this step that were computed before and lost."""
@@ -322,7 +325,10 @@ class KVPlanner:
             self.step.num_reloaded_blocks += len(transfer.device_block_ids)
         num_tokens = restored.num_blocks * self.kv.block_size_tokens
         request.num_computed_tokens += num_tokens
-        self.step.num_restored_tokens += num_tokens
+        if request.num_preemptions:
+            self.step.num_kept_tokens += num_tokens
+        else:
+            self.step.num_prefix_tokens += num_tokens
         left = self._table.num_restorable_tokens[row] - num_tokens
         self._table.num_restorable_tokens[row] = max(0, left)
         if left > 0:

@@ -104,9 +104,11 @@ class ScheduleReasons:
     copy_budget_blocks: int | None = None
     """KV blocks that might come back from the host in this step; None if nobody asked."""
 
-    num_restored_tokens: int = 0
-    """Tokens whose KV was found instead of computed: equal beginnings, and what preempted
-    requests got back."""
+    num_prefix_tokens: int = 0
+    """Tokens that need not be computed, because requests with the same beginning were."""
+
+    num_kept_tokens: int = 0
+    """Tokens of preempted requests that need not be computed again."""
 
     num_recomputed_tokens: int = 0
     """Tokens of this step that were computed before and lost."""

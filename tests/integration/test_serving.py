@@ -23,7 +23,7 @@ from tests.integration.deployments import (
 )
 
 MODEL = "smollm2-135m"
-OWNED_BLOCKS = 'proserve_node_kv_blocks{place="device",state="owned"}'
+OWNED_BLOCKS = 'proserve_node_kv_blocks{place="device",state="used"}'
 
 
 async def stream_text(client: openai.AsyncOpenAI, index: int, max_tokens: int) -> tuple[str, int]:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from orchestrator.core.latency_correction import BatchClass, StepErrors
-from orchestrator.core.ports import SchedulerLoad
+from orchestrator.core.ports import CopyFigures, SchedulerLoad
 from orchestrator.metrics import NodeMetrics
 from orchestrator.wire import LoadReport, StepReport
 
@@ -33,6 +33,10 @@ def test_error_quantiles_are_exported_for_each_batch_class() -> None:
             num_skipped=0,
             num_urgent=0,
             num_normal=1,
+            num_prefix_tokens=0,
+            num_kept_tokens=0,
+            num_recomputed_tokens=0,
+            copies=CopyFigures(),
             errors=(StepErrors(BatchClass.DECODE_ONLY, 256, p50=-0.01, p90=0.2, p99=1.5),),
             load=load,
         )

@@ -91,7 +91,7 @@ async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
 
 
 def body(
-    request_id: str = "r", *prompt: int, max_tokens: int = 3, **other: float
+    request_id: str = "r", *prompt: int, max_tokens: int = 3, ttft_s: float = 1.0
 ) -> GenerateRequest:
     return GenerateRequest(
         request_id=request_id,
@@ -99,7 +99,7 @@ def body(
         sampling=SamplingParams(max_tokens=max_tokens, seed=0),
         priority_class="normal",
         weight=1.0,
-        **other,
+        ttft_s=ttft_s,
     )
 
 
@@ -162,7 +162,7 @@ async def test_a_client_that_leaves_frees_its_blocks(node: Node) -> None:
         return (await node.snapshot()).load.num_free_device_blocks == 100
 
     await until(blocks_are_free, "the blocks are free")
-    assert await node.metric('proserve_node_kv_blocks{place="device",state="owned"}') == 0
+    assert await node.metric('proserve_node_kv_blocks{place="device",state="used"}') == 0
     assert await node.metric('proserve_node_requests_total{finish_reason="abort"}') == 1
 
 

@@ -57,7 +57,6 @@ def test_ignored_parameters_change_nothing_that_a_node_is_told(
     router.chat(seed=1)
     router.chat(
         seed=1,
-        user="me",
         metadata={"a": "b"},
         safety_identifier="me",
         prompt_cache_key="k",
@@ -66,6 +65,13 @@ def test_ignored_parameters_change_nothing_that_a_node_is_told(
     first, second = node.requests
     assert first.sampling == second.sampling
     assert first.prompt_token_ids == second.prompt_token_ids
+
+
+def test_a_node_is_told_whose_request_it_is(router: RunningRouter, node: FakeNode) -> None:
+    router.chat(user="me")
+    router.chat()
+
+    assert [request.client_id for request in node.requests] == ["me", ""]
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
