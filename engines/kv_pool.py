@@ -1,4 +1,5 @@
-"""The paged KV cache in device memory: one tensor, in TensorRT-LLM's block layout.
+"""The paged KV cache: one tensor in device memory and one in host memory, in TensorRT-LLM's
+block layout.
 
     [num_blocks, num_layers, 2 (K, V), num_kv_heads, block_size_tokens, head_dim]
 
@@ -14,11 +15,14 @@ constant, as in its block offsets.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from orchestrator.core.errors import EngineError
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,11 @@ class KVLayout:
     num_kv_heads: int
     block_size_tokens: int
     head_dim: int
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """Shape of one block in a pool."""
+        return (self.num_layers, 2, self.num_kv_heads, self.block_size_tokens, self.head_dim)
 
     def block_bytes(self, dtype: torch.dtype) -> int:
         """Return the size of one block, over all layers, K and V."""
@@ -60,26 +69,40 @@ class KVLayout:
 
 
 class KVPool:
-    """Device memory of all KV blocks of one engine. Who owns which block is the scheduler's
-    business; this class only reads and writes."""
+    """Memory of all KV blocks of one engine. Who owns which block is the scheduler's business;
+    this class only reads and writes, and `engines.kv_copies` moves blocks between the two."""
 
     def __init__(
-        self, layout: KVLayout, num_blocks: int, *, dtype: torch.dtype, device: torch.device
+        self,
+        layout: KVLayout,
+        num_blocks: int,
+        *,
+        num_host_blocks: int = 0,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
+        """Take the memory.
+
+        Raises:
+            EngineError: the host has not enough memory, or CUDA cannot pin it.
+        """
         self.layout = layout
         # Zeros, not empty: padding reads blocks nobody wrote, and 0 * NaN would spread.
-        self.blocks = torch.zeros(
-            num_blocks,
-            layout.num_layers,
-            2,
-            layout.num_kv_heads,
-            layout.block_size_tokens,
-            layout.head_dim,
-            dtype=dtype,
-            device=device,
-        )
+        self.blocks = torch.zeros(num_blocks, *layout.block_shape, dtype=dtype, device=device)
+        self.host_blocks = _host_blocks(layout, num_host_blocks, dtype)
+        """As `blocks`, in host memory; pinned if the device is CUDA."""
+
+        self._unpin = None
+        if device.type == "cuda" and num_host_blocks > 0:
+            _pin(self.host_blocks)
+            self._unpin = weakref.finalize(self, _unpin, self.host_blocks)
         self._head_rows = self.blocks.view(-1, layout.block_size_tokens * layout.head_dim)
         self._token_rows = self.blocks.view(-1, layout.head_dim)
+
+    def close(self) -> None:
+        """Let go of pinned memory. No call follows, and no copy may be under way."""
+        if self._unpin is not None:
+            self._unpin()
 
     def write(self, layer: int, token_rows: torch.Tensor, key_value: torch.Tensor) -> None:
         """Store new K and V, (num_tokens, 2, num_kv_heads, head_dim), at `layer`.
@@ -103,3 +126,34 @@ class KVPool:
         num_tokens = num_blocks * layout.block_size_tokens
         key, value = rows.view(2, num_requests, num_kv_heads, num_tokens, layout.head_dim)
         return key, value
+
+
+def _host_blocks(layout: KVLayout, num_blocks: int, dtype: torch.dtype) -> torch.Tensor:
+    try:
+        return torch.empty(num_blocks, *layout.block_shape, dtype=dtype)
+    except RuntimeError as error:  # PyTorch's allocator
+        num_bytes = num_blocks * layout.block_bytes(dtype)
+        raise EngineError(
+            f"{num_blocks} host blocks need {num_bytes:,} bytes of memory, which the machine does "
+            f"not give; take fewer ({error})"
+        ) from error
+
+
+def _pin(blocks: torch.Tensor) -> None:
+    """Lock the pages in place, so that CUDA copies from and to them without waiting.
+
+    PyTorch's own pinned allocator rounds up to a power of two: 40 GiB would take 64.
+    """
+    try:
+        torch.cuda.check_error(
+            torch.cuda.cudart().cudaHostRegister(blocks.data_ptr(), blocks.nbytes, 0)
+        )
+    except RuntimeError as error:  # torch.cuda.CudaError
+        raise EngineError(
+            f"CUDA cannot pin {blocks.nbytes:,} bytes of host memory for KV blocks; take fewer "
+            f"host blocks, or raise the limit of locked memory ({error})"
+        ) from error
+
+
+def _unpin(blocks: torch.Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(blocks.data_ptr())

@@ -61,11 +61,9 @@ class StepBatch:
 
 
 def check_plan(plan: SchedulerOutput, limits: EngineCapabilities) -> None:
-    """Raise ValueError, naming request, value and limit, if the plan breaks the contract of
-    `SchedulerOutput` or a limit of the engine."""
+    """Raise ValueError, naming request, value and limit, if what the plan computes breaks the
+    contract of `SchedulerOutput` or a limit of the engine."""
     parts = plan.scheduled
-    if plan.transfers:
-        raise ValueError("the plan holds KV transfers; this engine has no host pool")
     if len(parts) > limits.max_num_seqs:
         raise ValueError(f"{len(parts)} requests in one step, max_num_seqs {limits.max_num_seqs}")
     if plan.num_new_tokens > limits.max_num_batched_tokens:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -21,10 +23,17 @@ class LlamaDecoder:
             config, max_model_len, dtype=weights.embedding.dtype, device=weights.embedding.device
         )
 
-    def forward(self, batch: StepBatch, pool: KVPool) -> torch.Tensor:
+    def forward(
+        self,
+        batch: StepBatch,
+        pool: KVPool,
+        *,
+        before_layer: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
         """Store the batch's K and V in `pool`; return logits, (num_sampled, vocab_size).
 
-        Only sampled tokens go through the last norm and the vocabulary matrix.
+        `before_layer` is called with each layer's index before the layer touches the pool. Only
+        sampled tokens go through the last norm and the vocabulary matrix.
         """
         eps = self.config.rms_norm_eps
         hidden = F.embedding(batch.token_ids, self.weights.embedding)
@@ -32,6 +41,8 @@ class LlamaDecoder:
         for index, layer in enumerate(self.weights.layers):
             normed = _rms_norm(hidden, layer.input_norm, eps)
             qkv = _rotate(F.linear(normed, layer.qkv), cos, sin, self.config)
+            if before_layer is not None:
+                before_layer(index)
             attention = self._attend(index, qkv, batch, pool)
             hidden = hidden + F.linear(attention, layer.attention_output)
             hidden = hidden + _mlp(_rms_norm(hidden, layer.mlp_norm, eps), layer)

@@ -198,7 +198,9 @@ def test_a_plan_over_a_limit_is_refused(limits: dict[str, Any], message: str) ->
 def test_a_plan_with_transfers_is_refused() -> None:
     transfer = KVTransfer(1, "a", TransferDirection.OFFLOAD, (0,), (0,))
 
-    with pytest.raises(EngineStepError, match="no host pool"):
+    with pytest.raises(
+        EngineStepError, match="holds 1 KV transfers; this engine has no host blocks"
+    ):
         tiny_engine().step(replace(make_plan(scheduled("a")), transfers=(transfer,)))
 
 

@@ -1,0 +1,58 @@
+"""How many KV blocks a machine has room for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from orchestrator.core.errors import EngineError
+
+
+def free_cuda_bytes(device: torch.device) -> int:
+    """Return the memory that a CUDA device can still give."""
+    # What PyTorch keeps for later allocations, such as the pieces weights were joined from,
+    # counts as used otherwise.
+    torch.cuda.empty_cache()
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return free_bytes
+
+
+def free_host_bytes() -> int | None:
+    """Return the main memory that can be had without swapping; None if the system does not tell."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key == "MemAvailable":
+                return int(value.split()[0]) * 1024
+    return None
+
+
+def num_blocks_in_free_memory(free_bytes: int, memory_fraction: float, block_bytes: int) -> int:
+    """Return how many blocks fit into this share of the free memory.
+
+    Raises:
+        EngineError: not even one.
+    """
+    num_blocks = int(free_bytes * memory_fraction) // block_bytes
+    if num_blocks < 1:
+        raise EngineError(
+            f"{memory_fraction:.0%} of the {free_bytes:,} bytes of device memory that are free "
+            f"after loading the model hold no KV block of {block_bytes:,}; "
+            "use a larger device or a smaller model"
+        )
+    return num_blocks
+
+
+def check_blocks_fit(
+    where: str, num_blocks: int, *, block_bytes: int, free_bytes: int | None
+) -> None:
+    """Raise EngineError if so many blocks do not fit into the free `where` memory, as far as it
+    is known."""
+    if free_bytes is not None and num_blocks * block_bytes > free_bytes:
+        raise EngineError(
+            f"{num_blocks:,} KV blocks of {block_bytes:,} bytes in {where} memory take "
+            f"{num_blocks * block_bytes:,}, {free_bytes:,} are free after loading the model; "
+            f"that is room for {free_bytes // block_bytes:,}"
+        )
