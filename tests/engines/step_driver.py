@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from orchestrator.core.kv_transfer import KVTransfer, TransferDirection
 from orchestrator.core.ports import (
     Engine,
     ScheduledRequest,
@@ -19,14 +20,19 @@ REASONS = ScheduleReasons(latency_budget_s=math.inf, load_s=0.0, num_urgent=0, n
 
 
 def make_plan(
-    *scheduled: ScheduledRequest, step_id: int = 1, finished_ids: tuple[str, ...] = ()
+    *scheduled: ScheduledRequest,
+    step_id: int = 1,
+    finished_ids: tuple[str, ...] = (),
+    transfers: Sequence[KVTransfer] = (),
+    waits_for_transfers: bool = False,
 ) -> SchedulerOutput:
     return SchedulerOutput(
         step_id=step_id,
         scheduled=scheduled,
         preempted_ids=(),
         finished_ids=finished_ids,
-        transfers=(),
+        transfers=tuple(transfers),
+        waits_for_transfers=waits_for_transfers,
         predicted_step_s=0.0,
         reasons=REASONS,
     )
@@ -43,15 +49,31 @@ class StepDriver:
         self._blocks: dict[str, list[int]] = {name: [] for name in self.requests}
         self._random = random.Random(0)
         self._free = list(range(engine.capabilities.num_device_blocks))
+        self._host_blocks: dict[str, list[int]] = {name: [] for name in self.requests}
+        self._free_host = list(range(engine.capabilities.num_host_blocks))
         self._step_id = 0
+        self._num_transfers = 0
 
-    def step(self, num_new_tokens: Mapping[str, int]) -> StepOutput:
-        """Compute so many new tokens of each of these requests, at most what they have left."""
+    def step(
+        self,
+        num_new_tokens: Mapping[str, int],
+        *,
+        transfers: Sequence[KVTransfer] = (),
+        waits_for_transfers: bool = False,
+    ) -> StepOutput:
+        """Start these copies and compute so many new tokens of each of these requests, at most
+        what they have left."""
         scheduled = [
             self._schedule(self.requests[name], count) for name, count in num_new_tokens.items()
         ]
         self._step_id += 1
-        output = self.engine.step(make_plan(*scheduled, step_id=self._step_id))
+        plan = make_plan(
+            *scheduled,
+            step_id=self._step_id,
+            transfers=transfers,
+            waits_for_transfers=waits_for_transfers,
+        )
+        output = self.engine.step(plan)
         for part in scheduled:
             part.request.num_computed_tokens += part.num_new_tokens
         for name, token_ids in output.new_token_ids.items():
@@ -59,8 +81,27 @@ class StepDriver:
                 self.requests[name].append_output_token(token_id, now_s=0.0)
         return output
 
+    def offload(self, name: str) -> KVTransfer:
+        """Return a copy of the request's full blocks to the host, for a step to start."""
+        request = self.requests[name]
+        count = request.num_computed_tokens // self.engine.capabilities.block_size_tokens
+        self._host_blocks[name] = [
+            self._free_host.pop(self._random.randrange(len(self._free_host))) for _ in range(count)
+        ]
+        return self._transfer(name, TransferDirection.OFFLOAD, count)
+
+    def onboard(self, name: str, num_blocks: int | None = None) -> KVTransfer:
+        """Return a copy of a preempted request's first blocks, or of all that the host has, for
+        the very step that goes on behind them."""
+        count = len(self._host_blocks[name]) if num_blocks is None else num_blocks
+        self._blocks[name] = [self._take_block() for _ in range(count)]
+        block_size_tokens = self.engine.capabilities.block_size_tokens
+        self.requests[name].num_computed_tokens = count * block_size_tokens
+        return self._transfer(name, TransferDirection.ONBOARD, count)
+
     def preempt(self, name: str) -> None:
-        """Take the request's blocks; its next steps compute everything again."""
+        """Take the request's device blocks; its next steps compute everything again, but for
+        what `onboard` brings back."""
         self._free += self._blocks[name]
         self._blocks[name] = []
         self.requests[name].num_computed_tokens = 0
@@ -86,5 +127,18 @@ class StepDriver:
         num_tokens = request.num_computed_tokens + num_new_tokens
         blocks = self._blocks[request.request_id]
         while len(blocks) * self.engine.capabilities.block_size_tokens < num_tokens:
-            blocks.append(self._free.pop(self._random.randrange(len(self._free))))
+            blocks.append(self._take_block())
         return ScheduledRequest(request, request.num_computed_tokens, num_new_tokens, blocks)
+
+    def _take_block(self) -> int:
+        return self._free.pop(self._random.randrange(len(self._free)))
+
+    def _transfer(self, name: str, direction: TransferDirection, num_blocks: int) -> KVTransfer:
+        self._num_transfers += 1
+        return KVTransfer(
+            self._num_transfers,
+            name,
+            direction,
+            tuple(self._blocks[name][:num_blocks]),
+            tuple(self._host_blocks[name][:num_blocks]),
+        )

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 
 from engines.torch_engine import TorchEngine, kv_block_bytes
 from orchestrator.core.errors import EngineDirectoryError, EngineError, EngineStepError
-from orchestrator.core.kv_transfer import KVTransfer, TransferDirection
 from orchestrator.core.ports import ScheduledRequest
 from orchestrator.core.request import Request, SamplingParams
 from tests.engines.step_driver import StepDriver, make_plan
@@ -193,15 +191,6 @@ def test_a_plan_over_a_limit_is_refused(limits: dict[str, Any], message: str) ->
 
     with pytest.raises(EngineStepError, match=message):
         engine.step(make_plan(scheduled("a"), scheduled("b", blocks=(3, 4, 5))))
-
-
-def test_a_plan_with_transfers_is_refused() -> None:
-    transfer = KVTransfer(1, "a", TransferDirection.OFFLOAD, (0,), (0,))
-
-    with pytest.raises(
-        EngineStepError, match="holds 1 KV transfers; this engine has no host blocks"
-    ):
-        tiny_engine().step(replace(make_plan(scheduled("a")), transfers=(transfer,)))
 
 
 def test_the_engine_goes_on_after_a_failed_step() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from engines.kv_copies import CopyBlocks, copy_blocks
 from engines.manifest import EngineManifest, ProfileConditions, hash_files, write_manifest
 from engines.torch_engine import TorchEngine, TorchEngineOptions
 from engines.torch_engine.config import LlamaConfig
@@ -61,6 +62,8 @@ def tiny_options(**changes: Any) -> TorchEngineOptions:
 def tiny_engine(
     config: LlamaConfig | None = None,
     tensors: dict[str, torch.Tensor] | None = None,
+    *,
+    copy_blocks: CopyBlocks = copy_blocks,
     **options: Any,
 ) -> TorchEngine:
     config = config or tiny_config()
@@ -69,6 +72,7 @@ def tiny_engine(
         tiny_tensors(config) if tensors is None else tensors,
         tiny_options(**options),
         block_size_tokens=BLOCK_SIZE_TOKENS,
+        copy_blocks=copy_blocks,
     )
 
 
