@@ -7,7 +7,7 @@ The directory holds
     config.json              architecture, in Hugging Face's keys
     model.safetensors        weights, in Hugging Face's names
     tokenizer.json           and tokenizer_config.json, with the chat template
-    manifest.json            limits, checksums, versions and the latency profile
+    manifest.json            limits, checksums, versions, the latency and the copy profile
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ def _build(
 ) -> None:
     # They need torch, which takes seconds to import: too long for a build that does nothing.
     from build_scripts.gguf_checkpoint import GgufCheckpoint
+    from build_scripts.profile_copies import describe_copies, measure_copy_profile
     from build_scripts.profile_engine import describe
     from build_scripts.tokenizer_files import write_tokenizer_files
 
@@ -132,6 +133,8 @@ def _build(
     write_tokenizer_files(staging, vocabulary, max_model_len=recipe.max_model_len)
     _write_weights(checkpoint, staging, progress)
     measured = _profile(recipe, staging, progress)
+    layout = config.kv_layout(recipe.block_size_tokens)
+    copy_profile = measure_copy_profile(layout, recipe.profile)
     write_manifest(
         staging,
         EngineManifest(
@@ -146,10 +149,12 @@ def _build(
             build_hash=build_hash,
             files=hash_files(staging, _CONTENT_FILES),
             latency_profile=measured.profile,
+            copy_profile=copy_profile,
             profile_conditions=measured.conditions,
         ),
     )
-    progress.console.print(describe(measured), highlight=False, soft_wrap=True)
+    for line in (describe(measured), describe_copies(copy_profile, layout, recipe.profile)):
+        progress.console.print(line, highlight=False, soft_wrap=True)
 
 
 def _write_weights(checkpoint: GgufCheckpoint, staging: Path, progress: WorkProgress) -> None:

@@ -1,8 +1,8 @@
-"""Measures an engine's steps and fits its latency profile.
+"""Measures an engine's steps and copies, and fits its latency and copy profile.
 
     python -m build_scripts.profile_engine ENGINE_DIR [--device cuda] [--dtype bfloat16]
 
-replaces the profile in the directory's manifest with one of this machine.
+replaces the profiles in the directory's manifest with those of this machine.
 
 Source: ProServe, offline profiling (section 2.2 of this project's specification).
 """
@@ -26,6 +26,7 @@ from build_scripts.latency_fit import (
     fit_latency_profile,
     mean_absolute_percentage_error,
 )
+from build_scripts.profile_copies import describe_copies, measure_copy_profile
 from build_scripts.profile_plans import (
     Piece,
     PlanMaker,
@@ -38,6 +39,7 @@ from build_scripts.progress import work_progress
 from build_scripts.recipe import ProfileSettings
 from engines.manifest import ProfileConditions, read_manifest, write_manifest
 from engines.torch_engine import TorchEngine, TorchEngineOptions
+from engines.torch_engine.weights import read_config
 from orchestrator.core.errors import EngineError, ProServeError
 from orchestrator.core.latency import BatchShape, LatencyProfile
 from orchestrator.core.ports import Engine
@@ -184,16 +186,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measured = profile_engine(
                 engine, settings, vocab_size=manifest.vocab_size, on_progress=advance
             )
+        engine.close()
+        layout = read_config(options.engine_dir).kv_layout(manifest.block_size_tokens)
+        copy_profile = measure_copy_profile(layout, settings)
         write_manifest(
             options.engine_dir,
             replace(
-                manifest, latency_profile=measured.profile, profile_conditions=measured.conditions
+                manifest,
+                latency_profile=measured.profile,
+                copy_profile=copy_profile,
+                profile_conditions=measured.conditions,
             ),
         )
     except ProServeError as error:
         console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         return 1
-    console.print(describe(measured), highlight=False, soft_wrap=True)
+    for line in (describe(measured), describe_copies(copy_profile, layout, settings)):
+        console.print(line, highlight=False, soft_wrap=True)
     return 0
 
 

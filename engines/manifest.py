@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from orchestrator.core.errors import EngineDirectoryError
+from orchestrator.core.kv_transfer import CopyProfile
 from orchestrator.core.latency import LatencyProfile
 
 MANIFEST_FILE = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever a reader of the older format would misread the newer one."""
 
 
@@ -34,8 +35,8 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class ProfileConditions:
-    """Where a latency profile was measured and how well it fits. It holds for steps under
-    these conditions only."""
+    """Where the profiles were measured and how well the steps' fits. They hold under these
+    conditions only."""
 
     device: str
     dtype: str
@@ -77,6 +78,7 @@ class EngineManifest:
     """File name -> content, for every file beside the manifest."""
 
     latency_profile: LatencyProfile
+    copy_profile: CopyProfile
     profile_conditions: ProfileConditions
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,6 +87,7 @@ class EngineManifest:
             "format_version": FORMAT_VERSION,
             **asdict(self),
             "latency_profile": self.latency_profile.to_dict(),
+            "copy_profile": self.copy_profile.to_dict(),
         }
 
     @classmethod
@@ -107,6 +110,7 @@ class EngineManifest:
                 "eos_token_ids": tuple(body["eos_token_ids"]),
                 "files": {name: FileEntry(**entry) for name, entry in body["files"].items()},
                 "latency_profile": LatencyProfile.from_dict(body["latency_profile"]),
+                "copy_profile": CopyProfile.from_dict(body["copy_profile"]),
                 "profile_conditions": ProfileConditions(**body["profile_conditions"]),
             }
         )

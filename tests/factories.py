@@ -32,6 +32,19 @@ def make_profile(
     )
 
 
+def make_copy_profile(
+    *, block_s: float = 0.001, contention: float = 2.0, start_s: float = 0.0
+) -> CopyProfile:
+    """One millisecond a block either way, and twice that when both go at once."""
+    return CopyProfile(
+        onboard_block_s=block_s,
+        offload_block_s=block_s,
+        contended_onboard_block_s=contention * block_s,
+        contended_offload_block_s=contention * block_s,
+        start_s=start_s,
+    )
+
+
 def make_capabilities(
     *,
     num_device_blocks: int = 1000,

@@ -36,6 +36,9 @@ from orchestrator.sampling import InvalidLogits, SampledToken, Sampler
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Precisions by the names that options have for them."""
 
+NUM_LAYER_GROUPS = 4
+"""Parts in which onboarded blocks arrive, unless the options say otherwise. Source: xLLM."""
+
 
 @dataclass(frozen=True, slots=True)
 class TorchEngineOptions:
@@ -60,7 +63,7 @@ class TorchEngineOptions:
     num_host_blocks: int = 0
     """KV blocks in main memory, for what is offloaded."""
 
-    num_layer_groups: int = 4
+    num_layer_groups: int = NUM_LAYER_GROUPS
     """Parts in which onboarded blocks arrive; no more than the model has layers are made."""
 
     device_memory_fraction: float = 0.9

@@ -148,19 +148,25 @@ def test_the_real_engine_can_be_profiled() -> None:
     assert measured.conditions.num_samples == 3 * 2 + 3 * 3 + 4
 
 
-def test_the_command_replaces_the_profile_in_the_manifest(tmp_path: Path) -> None:
+def test_the_command_replaces_the_profiles_in_the_manifest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = write_tiny_engine_dir(tmp_path / "tiny", WIDE)
 
     status = main([str(tmp_path / "tiny"), "--dtype", "bfloat16", "--max-s", "1"])
 
     after = read_manifest(tmp_path / "tiny")
     assert status == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in lines[-2:]] == ["Latency profile", "Copy profile"]
     assert after.profile_conditions.dtype == "bfloat16"
     assert after.latency_profile != before.latency_profile
+    assert after.copy_profile != before.copy_profile
     assert (
         replace(
             after,
             latency_profile=before.latency_profile,
+            copy_profile=before.copy_profile,
             profile_conditions=before.profile_conditions,
         )
         == before

@@ -61,11 +61,13 @@ def test_an_unreadable_manifest_is_refused(engine_dir: Path, text: str | bytes) 
         read_manifest(engine_dir)
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"format_version": 2}', '{"format_version": "1"}'])
+@pytest.mark.parametrize("text", ["[]", "{}", '{"format_version": 1}', '{"format_version": "2"}'])
 def test_an_unknown_format_is_refused(engine_dir: Path, text: str) -> None:
     (engine_dir / "manifest.json").write_text(text)
 
-    with pytest.raises(EngineDirectoryError, match=r"format version .* this release reads 1"):
+    with pytest.raises(
+        EngineDirectoryError, match=r"format version .* this release reads 2.*proserve build"
+    ):
         read_manifest(engine_dir)
 
 
@@ -84,6 +86,10 @@ def test_an_unknown_format_is_refused(engine_dir: Path, text: str) -> None:
         (lambda v: v["latency_profile"].pop("decode_step_s"), "latency profile: .* decode_step_s"),
         (lambda v: v["latency_profile"].update(decode_step_s=-1), "decode_step_s is -1"),
         (lambda v: v["latency_profile"].update(decode_step_s=None), "malformed"),
+        (lambda v: v.pop("copy_profile"), "missing .* keys: copy_profile"),
+        (lambda v: v["copy_profile"].pop("start_s"), "copy profile: .* start_s"),
+        (lambda v: v["copy_profile"].update(start_s=-1), "start_s is -1"),
+        (lambda v: v.update(copy_profile=7), "malformed"),
     ],
 )
 def test_a_manifest_of_other_content_is_refused(

@@ -14,7 +14,7 @@ from engines.manifest import EngineManifest, ProfileConditions, hash_files, writ
 from engines.torch_engine import TorchEngine, TorchEngineOptions
 from engines.torch_engine.config import LlamaConfig
 from engines.torch_engine.weights import tensor_shapes
-from tests.factories import make_profile
+from tests.factories import make_copy_profile, make_profile
 
 BLOCK_SIZE_TOKENS = 4
 
@@ -102,6 +102,7 @@ def make_manifest(**changes: Any) -> EngineManifest:
         "build_hash": "0" * 64,
         "files": {},
         "latency_profile": make_profile(),
+        "copy_profile": make_copy_profile(),
         "profile_conditions": ProfileConditions(
             device="cpu",
             dtype="float32",
