@@ -46,13 +46,12 @@ def num_blocks_in_free_memory(free_bytes: int, memory_fraction: float, block_byt
 
 
 def check_blocks_fit(
-    where: str, num_blocks: int, *, block_bytes: int, free_bytes: int | None
+    num_blocks: int, block_bytes: int, *, free_bytes: int | None, memory: str, keys: str
 ) -> None:
-    """Raise EngineError if so many blocks do not fit into the free `where` memory, as far as it
-    is known."""
+    """Raise EngineError if so many blocks do not fit into the free `memory`, as far as it is
+    known; `keys` are what a node's configuration calls their size."""
     if free_bytes is not None and num_blocks * block_bytes > free_bytes:
         raise EngineError(
-            f"{num_blocks:,} KV blocks of {block_bytes:,} bytes in {where} memory take "
-            f"{num_blocks * block_bytes:,}, {free_bytes:,} are free after loading the model; "
-            f"that is room for {free_bytes // block_bytes:,}"
+            f"{num_blocks:,} KV blocks of {block_bytes:,} bytes take {num_blocks * block_bytes:,} "
+            f"of {memory} memory, {free_bytes:,} are free after loading the model; lower {keys}"
         )

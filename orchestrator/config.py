@@ -42,8 +42,31 @@ class TorchEngineConfig(BaseModel):
     num_threads: PositiveInt | None = None
     """CPU threads of the model; by default as many as PyTorch finds cores."""
 
-    device_kv_bytes: Annotated[ByteSize, Field(gt=0)]
-    """Memory of the paged KV cache, such as `512MiB`."""
+    device_kv_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
+    """Memory of the paged KV cache, such as `512MiB`. With `device: cpu` it is required; a CUDA
+    device gives `device_memory_fraction` of what it has by default."""
+
+    device_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of the device memory that is free after loading the model, for a KV cache without
+    `device_kv_bytes`. The rest is for what a step computes."""
+
+    host_kv_bytes: Annotated[ByteSize, Field(ge=0)] = ByteSize(0)
+    """Main memory for KV blocks that had to leave the device, such as `64GiB`; at least twice the
+    device's is recommended. 0 keeps none: what leaves the device is computed again. For a CUDA
+    device it is pinned: taken at the start, never swapped."""
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> Self:
+        if self.device_kv_bytes is None and self.device == "cpu":
+            raise ValueError(
+                "device_kv_bytes is not set; with device cpu it is required, because the KV cache "
+                "shares main memory with everything else: write one, such as 1GiB"
+            )
+        if self.device_kv_bytes is not None and "device_memory_fraction" in self.model_fields_set:
+            raise ValueError(
+                "device_kv_bytes and device_memory_fraction are both set; remove one of them"
+            )
+        return self
 
 
 class NodeConfig(BaseModel):

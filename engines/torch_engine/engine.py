@@ -281,17 +281,25 @@ class TorchEngine:
         """Return the KV blocks, in the memory that the weights have left."""
         block_bytes = layout.block_bytes(self._dtype)
         num_blocks, num_main_blocks = options.num_device_blocks, options.num_host_blocks
+        keys = "host_kv_bytes"
         if self._device.type == "cuda":
             free_bytes = free_cuda_bytes(self._device)
             num_blocks = num_blocks or num_blocks_in_free_memory(
                 free_bytes, options.device_memory_fraction, block_bytes
             )
-            check_blocks_fit("device", num_blocks, block_bytes=block_bytes, free_bytes=free_bytes)
+            check_blocks_fit(
+                num_blocks,
+                block_bytes,
+                free_bytes=free_bytes,
+                memory="device",
+                keys="device_kv_bytes",
+            )
         else:
             assert num_blocks is not None  # or the options would have been refused
             num_main_blocks += num_blocks
+            keys = "device_kv_bytes or host_kv_bytes"
         check_blocks_fit(
-            "main", num_main_blocks, block_bytes=block_bytes, free_bytes=free_host_bytes()
+            num_main_blocks, block_bytes, free_bytes=free_host_bytes(), memory="main", keys=keys
         )
         return KVPool(
             layout,

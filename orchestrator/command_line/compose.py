@@ -23,6 +23,7 @@ def load_engine(config: NodeConfig) -> LoadedEngine:
     Raises:
         EngineDirectoryError: the engine directory is missing or damaged.
         ConfigError: the directory cannot be served with these settings.
+        EngineError: the memory that they ask for is not there.
     """
     section = config.engine
     manifest = read_manifest(section.directory, verify_files=False)  # the engine verifies them
@@ -33,12 +34,22 @@ def load_engine(config: NodeConfig) -> LoadedEngine:
             f"max_model_len is {max_model_len:,}, engine directory {section.directory} was built "
             f"for {manifest.max_model_len:,}; lower it or build the engine for more"
         )
+    num_device_blocks = None
+    if section.device_kv_bytes is not None:
+        num_device_blocks = _num_blocks(
+            config, "device_kv_bytes", section.device_kv_bytes, manifest.block_size_tokens
+        )
+    num_host_blocks = _num_blocks(
+        config, "host_kv_bytes", section.host_kv_bytes, manifest.block_size_tokens
+    )
     engine = TorchEngine.load(
         section.directory,
         TorchEngineOptions(
             device=section.device,
             dtype=section.dtype,
-            num_device_blocks=_num_device_blocks(config, manifest.block_size_tokens),
+            num_device_blocks=num_device_blocks,
+            num_host_blocks=num_host_blocks,
+            device_memory_fraction=section.device_memory_fraction,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
@@ -83,13 +94,12 @@ def _make_scheduler(
     return scheduler
 
 
-def _num_device_blocks(config: NodeConfig, block_size_tokens: int) -> int:
-    section = config.engine
-    block_bytes = kv_block_bytes(section.directory, section.dtype)
-    num_blocks = section.device_kv_bytes // block_bytes
-    if num_blocks == 0:
+def _num_blocks(config: NodeConfig, key: str, size_bytes: int, block_size_tokens: int) -> int:
+    """Return how many KV blocks fit into what the configuration's `engine.<key>` gives."""
+    block_bytes = kv_block_bytes(config.engine.directory, config.engine.dtype)
+    if 0 < size_bytes < block_bytes:
         raise ConfigError(
-            f"engine.device_kv_bytes is {section.device_kv_bytes:,}, one KV block of "
-            f"{block_size_tokens} tokens takes {block_bytes:,}; give the engine at least that"
+            f"engine.{key} is {size_bytes:,}, one KV block of {block_size_tokens} tokens takes "
+            f"{block_bytes:,}; give the engine at least that"
         )
-    return num_blocks
+    return size_bytes // block_bytes

@@ -306,8 +306,14 @@ def test_capabilities_tell_the_host_blocks() -> None:
         ({"device_memory_fraction": 0.0}, "device_memory_fraction is 0.0, it must be above 0"),
         ({"device_memory_fraction": 1.5}, "device_memory_fraction is 1.5, .* at most 1"),
         ({"num_device_blocks": None}, "num_device_blocks is not set; on the CPU it must be"),
-        ({"num_host_blocks": 10**12}, r"in main memory take [\d,]+, [\d,]+ are free"),
-        ({"num_device_blocks": 10**12}, r"in main memory take [\d,]+, [\d,]+ are free"),
+        (
+            {"num_host_blocks": 10**12},
+            r"take [\d,]+ of main memory, [\d,]+ are free .*lower device_kv",
+        ),
+        (
+            {"num_device_blocks": 10**12},
+            r"take [\d,]+ of main memory, [\d,]+ are free .*lower device_kv",
+        ),
     ],
 )
 def test_impossible_sizes_are_refused(changes: dict[str, Any], message: str) -> None:

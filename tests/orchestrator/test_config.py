@@ -32,6 +32,16 @@ def test_a_short_file_gets_the_recommended_scheduler(tmp_path: Path) -> None:
     assert config.scheduler == "slide-batching"
     assert config.scheduler_options() is None
     assert config.engine.device_kv_bytes == 64 * 1024**2
+    assert config.engine.host_kv_bytes == 0
+
+
+def test_a_cuda_device_needs_no_size(tmp_path: Path) -> None:
+    text = NODE.replace("device_kv_bytes: 64MiB", "device: cuda, device_memory_fraction: 0.8")
+
+    config = load(tmp_path, text)
+
+    assert config.engine.device_kv_bytes is None
+    assert config.engine.device_memory_fraction == 0.8
 
 
 def test_scheduler_parameters_are_read(tmp_path: Path) -> None:
@@ -78,6 +88,10 @@ def test_every_scheduler_can_be_named_with_its_section(tmp_path: Path, name: str
         (NODE + "scheduler: edf\nslide_batching: {}\n", "edf does not read it"),
         (NODE + "scheduler: slide-batching\ndeadline: {}\n", "does not read it"),
         (NODE.replace("64MiB", "0"), "device_kv_bytes"),
+        (NODE.replace(", device_kv_bytes: 64MiB", ""), "write one, such as 1GiB"),
+        (NODE.replace("64MiB", "64MiB, host_kv_bytes: -1"), "host_kv_bytes"),
+        (NODE.replace("64MiB", "64MiB, device_memory_fraction: 0.5"), "remove one of them"),
+        (NODE.replace("64MiB", "64MiB, device_memory_fraction: 1.1"), "less than or equal to 1"),
         (NODE.replace("node-0", "Node 0"), "endpoint_id"),
         (NODE.replace("8101", "99999"), "65535"),
     ],
