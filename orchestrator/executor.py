@@ -142,7 +142,6 @@ class ExecutorLoop:
                 step_id=plan.step_id,
                 new_token_ids={},
                 step_s=0.0,
-                failed_transfers={t.transfer_id: message for t in plan.transfers},
                 failed={part.request_id: message for part in plan.scheduled},
             )
         self._num_failures = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from orchestrator.core.kv_cache import KVBlockCounts
+from orchestrator.core.kv_state import KVBlockCounts
 from orchestrator.core.request import FinishReason
 from orchestrator.wire import LoadReport, StepReport
 

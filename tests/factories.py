@@ -66,17 +66,6 @@ def make_capabilities(
     )
 
 
-def make_copy_profile(*, block_s: float = 0.001, start_s: float = 0.0) -> CopyProfile:
-    """One millisecond a block in both directions, half as fast when both are busy."""
-    return CopyProfile(
-        onboard_block_s=block_s,
-        offload_block_s=block_s,
-        contended_onboard_block_s=2 * block_s,
-        contended_offload_block_s=2 * block_s,
-        start_s=start_s,
-    )
-
-
 def make_request(
     request_id: str = "r",
     *,

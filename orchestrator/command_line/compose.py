@@ -59,7 +59,7 @@ def load_engine(config: NodeConfig) -> LoadedEngine:
     model = BatchLatencyModel(manifest.latency_profile, config.latency_correction)
     return LoadedEngine(
         engine=engine,
-        scheduler=_make_scheduler(config, engine.capabilities, model, None),
+        scheduler=_make_scheduler(config, engine.capabilities, model, manifest.copy_profile),
         model=manifest.model_name,
         latency_profile=manifest.latency_profile,
         manifest_sha256=FileEntry.of(section.directory / MANIFEST_FILE).sha256,

@@ -20,55 +20,9 @@ from dataclasses import dataclass
 from orchestrator.core.block_keys import BlockKeys
 from orchestrator.core.block_pool import BlockPool
 from orchestrator.core.errors import KVIntegrityError
+from orchestrator.core.kv_state import KVBlockCounts, Restorable
 from orchestrator.core.kv_transfer import KVTransfer, TransferDirection
 from orchestrator.core.request import Request
-
-
-@dataclass(frozen=True, slots=True)
-class KVBlockCounts:
-    """Blocks by what they are doing."""
-
-    device_free: int = 0
-    device_cached: int = 0
-    """Owned by nobody, but their content can still be found."""
-
-    device_used: int = 0
-    """Owned by requests, or held by a copy."""
-
-    host_free: int = 0
-    host_cached: int = 0
-    copying_out: int = 0
-    """From the device to the host, now."""
-
-    copying_in: int = 0
-    """From the host to the device, now."""
-
-
-@dataclass(frozen=True, slots=True)
-class Restorable:
-    """What of a request's KV, beyond its computed tokens, need not be computed."""
-
-    is_on_host: tuple[bool, ...]
-    """For each further block in token order: whether it must come from the host."""
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks on the device and on the host."""
-        return len(self.is_on_host)
-
-    @property
-    def num_host_blocks(self) -> int:
-        """Blocks that must come from the host."""
-        return sum(self.is_on_host)
-
-    def up_to(self, max_host_blocks: int) -> Restorable:
-        """Return the longest beginning with at most so many blocks from the host."""
-        num_host_blocks = 0
-        for index, is_on_host in enumerate(self.is_on_host):
-            num_host_blocks += is_on_host
-            if num_host_blocks > max_host_blocks:
-                return Restorable(self.is_on_host[:index])
-        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +74,7 @@ class KVCacheManager:
 
         self._copies: dict[int, _Copy] = {}
         self._keys_leaving: set[Hashable] = set()
+        self._keys_arriving: set[Hashable] = set()
         self._next_transfer_id = 0
 
     @property
@@ -225,7 +180,8 @@ class KVCacheManager:
         is_on_host = []
         for key in self._keys.of(request, last)[first:last]:
             is_on_device = key in on_device
-            if not is_on_device and key not in on_host:
+            # What another request is bringing back can be shared once it is there.
+            if not is_on_device and (key not in on_host or key in self._keys_arriving):
                 break
             is_on_host.append(not is_on_device)
         return Restorable(tuple(is_on_host))
@@ -279,6 +235,7 @@ class KVCacheManager:
             moved.append(key)
         if not moved:
             return None
+        self._keys_arriving.update(moved)
         return self._begin(request_id, TransferDirection.ONBOARD, device_ids, host_ids, moved)
 
     def num_offloadable_blocks(self, request: Request) -> int:
@@ -396,16 +353,19 @@ class KVCacheManager:
             if len(set(owned)) != len(owned):
                 raise KVIntegrityError(f"request {request_id} owns a block twice: {owned}")
             device_users.update(owned)
-        leaving: set[Hashable] = set()
+        moving: dict[TransferDirection, set[Hashable]] = {d: set() for d in TransferDirection}
         for copy in self._copies.values():
             device_users.update(copy.transfer.device_block_ids)
             host_users.update(copy.transfer.host_block_ids)
-            if copy.transfer.direction is TransferDirection.OFFLOAD:
-                leaving.update(copy.keys)
+            moving[copy.transfer.direction].update(copy.keys)
         self._device.check_integrity(device_users, name="device")
         self._host.check_integrity(host_users, name="host")
-        if leaving != self._keys_leaving:
-            raise KVIntegrityError(f"{self._keys_leaving} are on their way out, truly {leaving}")
+        said = {
+            TransferDirection.OFFLOAD: self._keys_leaving,
+            TransferDirection.ONBOARD: self._keys_arriving,
+        }
+        if moving != said:
+            raise KVIntegrityError(f"{said} are on their way, truly {moving}")
 
     def _take_device(self) -> int:
         block_id = self._device.take()
@@ -435,8 +395,9 @@ class KVCacheManager:
         copy = self._copies.pop(transfer_id, None)
         if copy is None:
             raise KVIntegrityError(f"transfer {transfer_id} ended, but is not on its way")
-        if copy.transfer.direction is TransferDirection.OFFLOAD:
-            self._keys_leaving.difference_update(copy.keys)
+        is_offload = copy.transfer.direction is TransferDirection.OFFLOAD
+        moving = self._keys_leaving if is_offload else self._keys_arriving
+        moving.difference_update(copy.keys)
         return copy
 
     def _release_both(self, copy: _Copy) -> None:

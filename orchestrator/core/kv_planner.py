@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from orchestrator.core.copy_budget import CopyModel, ReloadCandidate, copy_budget
-from orchestrator.core.kv_cache import KVCacheManager, Restorable
+from orchestrator.core.kv_cache import KVCacheManager
 from orchestrator.core.kv_options import KVCacheOptions, KVOffload
+from orchestrator.core.kv_state import Restorable
 from orchestrator.core.kv_transfer import CopyProfile, KVTransfer, TransferDirection
 from orchestrator.core.latency import BatchLatencyModel
 from orchestrator.core.ports import EngineCapabilities

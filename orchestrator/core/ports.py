@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from orchestrator.core.kv_cache import KVBlockCounts
+from orchestrator.core.kv_state import KVBlockCounts
 from orchestrator.core.kv_transfer import KVTransfer
 from orchestrator.core.latency import BatchShape
 from orchestrator.core.latency_correction import StepErrors
@@ -190,7 +190,8 @@ class StepOutput:
 
     completed_transfers: tuple[int, ...] = ()
     """Copies that have ended. Each copy is reported once, here or in `failed_transfers`: an
-    `onboard` with the step that starts it, an `offload` with that one or any later one."""
+    `onboard` with the step that starts it, an `offload` with that one or any later one; copies of
+    a step that failed with the next one that does not."""
 
     failed_transfers: Mapping[int, str] = field(default_factory=dict)
     """transfer_id -> message; what the copy wrote is worth nothing. A scheduled request whose
@@ -293,7 +294,8 @@ class Engine(Protocol):
 
         Raises:
             EngineStepError: the step failed; the engine can go on without the named requests.
-                None of the copies that the step started is on its way any more, or counts.
+                What became of its copies is told with the next step that does not fail; none
+                of its onboards is on its way any more.
         """
         ...
 
