@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parents[1] / "results"
+BENCHMARKS = Path(__file__).parents[1]
+RESULTS = BENCHMARKS / "results"
 
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
@@ -29,8 +30,9 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
 
 def report(figures: Mapping[str, Any], *, file_name: str | None) -> None:
     """Print the figures and the conditions they were measured under as one line of JSON."""
+    script = Path(sys.argv[0]).resolve().relative_to(BENCHMARKS.parent).with_suffix("")
     result = {
-        "command": " ".join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": " ".join(["python -m", ".".join(script.parts), *sys.argv[1:]]),
         "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "-s") else ""),
         "machine": f"{platform.machine()}, {_processor()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
