@@ -47,8 +47,8 @@ class TorchEngineConfig(BaseModel):
     device gives `device_memory_fraction` of what it has by default."""
 
     device_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Share of the device memory that is free after loading the model, for a KV cache without
-    `device_kv_bytes`. The rest is for what a step computes."""
+    """Share of the device memory that is free after loading the model, for the KV cache; not read
+    where `device_kv_bytes` is set. The rest is for what a step computes."""
 
     host_kv_bytes: Annotated[ByteSize, Field(ge=0)] = ByteSize(0)
     """Main memory for KV blocks that had to leave the device, such as `64GiB`; at least twice the
@@ -61,10 +61,6 @@ class TorchEngineConfig(BaseModel):
             raise ValueError(
                 "device_kv_bytes is not set; with device cpu it is required, because the KV cache "
                 "shares main memory with everything else: write one, such as 1GiB"
-            )
-        if self.device_kv_bytes is not None and "device_memory_fraction" in self.model_fields_set:
-            raise ValueError(
-                "device_kv_bytes and device_memory_fraction are both set; remove one of them"
             )
         return self
 

@@ -1,0 +1,104 @@
+"""KV that is kept: equal beginnings are computed once, wherever their blocks are by then."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.integration.deployments import Deployment, running, until, write_deployment
+
+BLOCK_BYTES = 737_280
+"""16 tokens of SmolLM2-135M in fp32."""
+
+SHARED = 'proserve_node_kv_tokens_total{outcome="shared"}'
+PREFILLED = 'proserve_node_tokens_total{work="prefill"}'
+ONBOARDED = 'proserve_node_kv_copied_bytes_total{direction="onboard"}'
+ON_HOST = 'proserve_node_kv_blocks{place="host",state="cached"}'
+
+
+def tokens(seed: int, count: int) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.randrange(100, 40_000) for _ in range(count)]
+
+
+PREFIX = tokens(0, 512)
+
+
+def complete(deployment: Deployment, prompt: list[int], max_tokens: int = 1, **other: str) -> str:
+    answer = httpx.post(
+        f"{deployment.url}/v1/completions",
+        json={
+            "model": "smollm2-135m",
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            **other,
+        },
+        timeout=60,
+    )
+    assert answer.status_code == 200, answer.text
+    text: str = answer.json()["choices"][0]["text"]
+    return text
+
+
+def computed_and_shared(deployment: Deployment) -> tuple[float, float]:
+    return deployment.node_metric(PREFILLED), deployment.node_metric(SHARED)
+
+
+@pytest.fixture(scope="module")
+def small(engine_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """80 blocks on the device, a little more than two prompts; room for all on the host."""
+    path = write_deployment(
+        tmp_path_factory.mktemp("small"),
+        engine_dir,
+        engine={"device_kv_bytes": 80 * BLOCK_BYTES, "host_kv_bytes": "256MiB"},
+        node={"max_model_len": 1024, "kv_cache": {"offload_threshold_blocks": 1}},
+    )
+    with running(path) as deployment:
+        yield deployment
+
+
+def test_an_equal_beginning_is_computed_once(deployment: Deployment) -> None:
+    complete(deployment, [*PREFIX, *tokens(1, 20)])
+    computed, shared = computed_and_shared(deployment)
+
+    complete(deployment, [*PREFIX, *tokens(2, 20)])
+
+    until(lambda: deployment.node_metric(SHARED) > shared, "the step is counted")
+    assert computed_and_shared(deployment) == (computed + 20, shared + 512)
+
+
+def test_another_user_shares_nothing(deployment: Deployment) -> None:
+    prompt = [*tokens(3, 100), 5]
+    complete(deployment, prompt, user="somebody")
+    computed, shared = computed_and_shared(deployment)
+
+    complete(deployment, prompt, user="somebody else")
+
+    until(lambda: deployment.node_metric(PREFILLED) > computed, "the step is counted")
+    assert computed_and_shared(deployment) == (computed + 101, shared)
+
+
+def test_an_equal_beginning_comes_back_from_the_host(small: Deployment) -> None:
+    """Offloaded while the first request decodes, pushed out of the device by two others."""
+    question = [*PREFIX, *tokens(4, 20)]
+    expected = complete(small, question, max_tokens=8)
+    complete(small, [*PREFIX, *tokens(5, 20)], max_tokens=30)
+    until(lambda: small.node_metric(ON_HOST) >= 32, "the beginning is on the host")
+    for seed in (6, 7):
+        complete(small, tokens(seed, 700), max_tokens=30)
+    computed, shared = computed_and_shared(small)
+    onboarded = small.node_metric(ONBOARDED)
+
+    # Not a question of before, whose own blocks might come back too.
+    complete(small, [*PREFIX, *tokens(8, 20)])
+
+    until(lambda: small.node_metric(SHARED) > shared, "the step is counted")
+    assert computed_and_shared(small) == (computed + 20, shared + 512)
+    assert small.node_metric(ONBOARDED) == onboarded + 32 * BLOCK_BYTES
+    assert complete(small, question, max_tokens=8) == expected
