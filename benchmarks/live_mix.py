@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import httpx
@@ -97,8 +98,11 @@ def make_requests(count: int, seed: int) -> list[LiveRequest]:
 
 
 @contextlib.contextmanager
-def serving(scheduler: str, directory: Path) -> Iterator[str]:
-    """Serve the model under a scheduler; yield the address."""
+def serving(
+    scheduler: str, directory: Path, *, engine: Mapping[str, Any] = {}, node: Mapping[str, Any] = {}
+) -> Iterator[str]:
+    """Serve the model under a scheduler; yield the address. `engine` and `node` are further
+    settings of the node."""
     deployment = {
         "router": {
             "port": ROUTER_PORT,
@@ -120,7 +124,8 @@ def serving(scheduler: str, directory: Path) -> Iterator[str]:
                 "scheduler": scheduler,
                 "max_num_seqs": MAX_NUM_SEQS,
                 "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
-                "engine": {"directory": str(ENGINE_DIR), "device_kv_bytes": KV_BYTES},
+                "engine": {"directory": str(ENGINE_DIR), "device_kv_bytes": KV_BYTES, **engine},
+                **node,
             }
         ],
     }

@@ -1,0 +1,165 @@
+"""The real model with too little KV memory: what offload to the host saves.
+
+    python -m benchmarks.kv_pressure
+
+Sends the same list of streaming requests, half of them high class at twice the weight, to
+`proserve serve` three times: with all the device memory it wants, with a quarter of what the
+first run used at most and a host pool, and with that quarter alone, where preempted requests are
+computed again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.live_mix import (
+    CLASSES,
+    KV_BLOCK_BYTES,
+    NODE_PORT,
+    LiveRequest,
+    scores,
+    send_all,
+    serving,
+)
+from benchmarks.shared.reporting import argument_parser, report
+from orchestrator.core.gain import GainTable
+
+MAX_PROMPT_TOKENS, MAX_OUTPUT_TOKENS = 300, 150
+NODE_URL = f"http://127.0.0.1:{NODE_PORT}"
+POLL_S = 0.2
+
+
+def make_requests(count: int, seed: int) -> list[LiveRequest]:
+    """Return Poisson arrivals whose outputs are long enough for many to decode at once."""
+    draw = random.Random(seed)
+    requests, at_s = [], 0.0
+    for _ in range(count):
+        at_s += draw.expovariate(1.0)
+        requests.append(
+            LiveRequest(
+                at_s,
+                min(max(int(draw.lognormvariate(4.5, 0.6)), 8), MAX_PROMPT_TOKENS),
+                min(max(int(draw.lognormvariate(4.0, 0.5)), 8), MAX_OUTPUT_TOKENS),
+                priority=draw.choice(CLASSES),
+            )
+        )
+    return requests
+
+
+def node_metrics() -> dict[str, float]:
+    """Return the node's KV metrics by name and labels."""
+    text = httpx.get(f"{NODE_URL}/metrics").text
+    return {
+        "/".join([sample.name.removeprefix("proserve_node_"), *sample.labels.values()]): (
+            sample.value
+        )
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if "_kv_" in sample.name or "preemptions_total" in sample.name
+    }
+
+
+class PeakUse:
+    """Watches how many device blocks are in use while it is entered."""
+
+    def __init__(self) -> None:
+        self.num_blocks = 0
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> PeakUse:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(POLL_S):
+            self.num_blocks = max(self.num_blocks, int(node_metrics()["kv_blocks/device/used"]))
+
+
+def run(
+    requests: list[LiveRequest],
+    requests_per_s: float,
+    *,
+    engine: Mapping[str, Any] = {},
+    node: Mapping[str, Any] = {},
+) -> dict[str, Any]:
+    """Serve with these settings, send the list, and return the figures."""
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        serving("slide-batching", Path(directory), engine=engine, node=node) as url,
+    ):
+        with PeakUse() as peak:
+            records = asyncio.run(send_all(url, requests, requests_per_s=requests_per_s))
+        metrics = node_metrics()
+    table = GainTable(records)
+    high = table.by_class()["high"]
+    assert high.ttft_s is not None, "some request of the high class has its first token"
+    return {
+        **scores(table),
+        "high_ttft_p90_s": round(high.ttft_s.p90, 3),
+        "peak_device_blocks": peak.num_blocks,
+        "preemptions": metrics["preemptions_total"],
+        "offloaded_mb": round(metrics["kv_copied_bytes_total/offload"] / 1e6, 1),
+        "onboarded_mb": round(metrics["kv_copied_bytes_total/onboard"] / 1e6, 1),
+        "exposed_copy_s": round(metrics["kv_copy_seconds_total/exposed"], 3),
+        "hidden_copy_s": round(metrics["kv_copy_seconds_total/hidden"], 3),
+        "kept_tokens": metrics["kv_tokens_total/kept"],
+        "recomputed_tokens": metrics["kv_tokens_total/lost"],
+    }
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--num-requests", type=int, default=200)
+    parser.add_argument("--requests-per-s", type=float, default=1.0)
+    arguments = parser.parse_args()
+    count = 6 if arguments.quick else arguments.num_requests
+    requests = make_requests(count, seed=0)
+    rate = 6.0 if arguments.quick else arguments.requests_per_s
+    results: dict[str, dict[str, Any]] = {}
+
+    def note(name: str, **settings: Mapping[str, Any]) -> None:
+        results[name] = run(requests, rate, **settings)
+        print(name, results[name])
+
+    note("unlimited")
+    # The longest request must fit.
+    least = -(-(MAX_PROMPT_TOKENS + MAX_OUTPUT_TOKENS) // 16)
+    num_blocks = max(results["unlimited"]["peak_device_blocks"] // 4, least)
+    size = {"device_kv_bytes": num_blocks * KV_BLOCK_BYTES}
+    limits = {"max_model_len": MAX_PROMPT_TOKENS + MAX_OUTPUT_TOKENS}
+    note("quarter", engine={**size, "host_kv_bytes": 1 << 30}, node=limits)
+    recompute = {"kv_cache": {"offload": "never", "prefix_caching": False}}
+    note("quarter, recompute", engine=size, node=limits | recompute)
+    unlimited_s = results["unlimited"]["high_ttft_p90_s"]
+    report(
+        {
+            "num_requests": count,
+            "requests_per_s": rate,
+            "num_device_blocks_of_quarter": num_blocks,
+            "runs": results,
+            "high_ttft_p90_ratio": {
+                name: round(figures["high_ttft_p90_s"] / unlimited_s, 3)
+                for name, figures in results.items()
+            },
+        },
+        file_name=arguments.json,
+    )
+
+
+if __name__ == "__main__":
+    main()
