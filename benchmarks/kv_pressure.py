@@ -11,7 +11,6 @@ computed again.
 from __future__ import annotations
 
 import asyncio
-import random
 import tempfile
 import threading
 from collections.abc import Mapping
@@ -22,10 +21,11 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.live_mix import (
-    CLASSES,
     KV_BLOCK_BYTES,
     NODE_PORT,
+    Lengths,
     LiveRequest,
+    make_requests,
     scores,
     send_all,
     serving,
@@ -33,26 +33,11 @@ from benchmarks.live_mix import (
 from benchmarks.shared.reporting import argument_parser, report
 from orchestrator.core.gain import GainTable
 
-MAX_PROMPT_TOKENS, MAX_OUTPUT_TOKENS = 300, 150
+PROMPT, OUTPUT = Lengths(4.5, 0.6, 8, 300), Lengths(4.0, 0.5, 8, 150)
+"""Outputs long enough for many requests to decode at once."""
+
 NODE_URL = f"http://127.0.0.1:{NODE_PORT}"
 POLL_S = 0.2
-
-
-def make_requests(count: int, seed: int) -> list[LiveRequest]:
-    """Return Poisson arrivals whose outputs are long enough for many to decode at once."""
-    draw = random.Random(seed)
-    requests, at_s = [], 0.0
-    for _ in range(count):
-        at_s += draw.expovariate(1.0)
-        requests.append(
-            LiveRequest(
-                at_s,
-                min(max(int(draw.lognormvariate(4.5, 0.6)), 8), MAX_PROMPT_TOKENS),
-                min(max(int(draw.lognormvariate(4.0, 0.5)), 8), MAX_OUTPUT_TOKENS),
-                priority=draw.choice(CLASSES),
-            )
-        )
-    return requests
 
 
 def node_metrics() -> dict[str, float]:
@@ -128,7 +113,7 @@ def main() -> None:
     parser.add_argument("--requests-per-s", type=float, default=1.0)
     arguments = parser.parse_args()
     count = 6 if arguments.quick else arguments.num_requests
-    requests = make_requests(count, seed=0)
+    requests = make_requests(count, seed=0, prompt=PROMPT, output=OUTPUT)
     rate = 6.0 if arguments.quick else arguments.requests_per_s
     results: dict[str, dict[str, Any]] = {}
 
@@ -138,10 +123,10 @@ def main() -> None:
 
     note("unlimited")
     # The longest request must fit.
-    least = -(-(MAX_PROMPT_TOKENS + MAX_OUTPUT_TOKENS) // 16)
+    least = -(-(PROMPT.most + OUTPUT.most) // 16)
     num_blocks = max(results["unlimited"]["peak_device_blocks"] // 4, least)
     size = {"device_kv_bytes": num_blocks * KV_BLOCK_BYTES}
-    limits = {"max_model_len": MAX_PROMPT_TOKENS + MAX_OUTPUT_TOKENS}
+    limits = {"max_model_len": PROMPT.most + OUTPUT.most}
     note("quarter", engine={**size, "host_kv_bytes": 1 << 30}, node=limits)
     recompute = {"kv_cache": {"offload": "never", "prefix_caching": False}}
     note("quarter, recompute", engine=size, node=limits | recompute)

@@ -80,19 +80,36 @@ class LiveRequest:
     priority: PriorityClass
 
 
-def make_requests(count: int, seed: int) -> list[LiveRequest]:
-    """Return Poisson arrivals with log-normal lengths, fit for the small model."""
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """A log-normal number of tokens, cut at both ends."""
+
+    log_mean: float
+    log_deviation: float
+    least: int
+    most: int
+
+    def draw(self, draw: random.Random) -> int:
+        """Return one."""
+        length = int(draw.lognormvariate(self.log_mean, self.log_deviation))
+        return min(max(length, self.least), self.most)
+
+
+PROMPT, OUTPUT = Lengths(4.8, 0.8, 8, 800), Lengths(3.0, 0.6, 4, 80)
+"""Fit for the small model."""
+
+
+def make_requests(
+    count: int, seed: int, *, prompt: Lengths = PROMPT, output: Lengths = OUTPUT
+) -> list[LiveRequest]:
+    """Return Poisson arrivals, one a second."""
     draw = random.Random(seed)
     requests, at_s = [], 0.0
     for _ in range(count):
         at_s += draw.expovariate(1.0)
+        num_prompt_tokens, num_output_tokens = prompt.draw(draw), output.draw(draw)
         requests.append(
-            LiveRequest(
-                at_s,
-                num_prompt_tokens=min(max(int(draw.lognormvariate(4.8, 0.8)), 8), 800),
-                num_output_tokens=min(max(int(draw.lognormvariate(3.0, 0.6)), 4), 80),
-                priority=draw.choice(CLASSES),
-            )
+            LiveRequest(at_s, num_prompt_tokens, num_output_tokens, draw.choice(CLASSES))
         )
     return requests
 
