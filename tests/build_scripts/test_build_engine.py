@@ -109,7 +109,7 @@ def write_recipe(path: Path, **changes: object) -> None:
             "num_threads": 1,
             "prefill_new_tokens": [8, 32, 64, 120],
             "prefill_cached_tokens": [0],
-            "decode_batch_sizes": [1, 4, 8],
+            "decode_batch_sizes": [1, 8, 32],
             "decode_cached_tokens": [16, 100],
             "max_mean_error": 1000,
         },
