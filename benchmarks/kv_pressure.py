@@ -3,9 +3,10 @@
     python -m benchmarks.kv_pressure
 
 Sends the same list of streaming requests, half of them high class at twice the weight, to
-`proserve serve` three times: with all the device memory it wants, with a quarter of what the
-first run used at most and a host pool, and with that quarter alone, where preempted requests are
-computed again.
+`proserve serve` again and again: with all the device memory it wants, then with a quarter of what
+that run used at most. The quarter has a host pool, and moves blocks as it should, or each time
+without one part of that: no copies ahead of need, no copy budget, or no copies at all, so that
+preempted requests are computed again.
 """
 
 from __future__ import annotations
@@ -38,6 +39,13 @@ PROMPT, OUTPUT = Lengths(4.5, 0.6, 8, 300), Lengths(4.0, 0.5, 8, 150)
 
 NODE_URL = f"http://127.0.0.1:{NODE_PORT}"
 POLL_S = 0.2
+
+ABLATIONS: Mapping[str, Mapping[str, Any]] = {
+    "synchronous": {"offload": "synchronous"},
+    "no copy budget": {"copy_budget": False},
+    "recompute": {"offload": "never", "prefix_caching": False},
+}
+"""What a node's section `kv_cache` says, by what it takes away."""
 
 
 def node_metrics() -> dict[str, float]:
@@ -127,10 +135,13 @@ def main() -> None:
     num_blocks = max(results["unlimited"]["peak_device_blocks"] // 4, least)
     size = {"device_kv_bytes": num_blocks * KV_BLOCK_BYTES}
     limits = {"max_model_len": PROMPT.most + OUTPUT.most}
-    note("quarter", engine={**size, "host_kv_bytes": 1 << 30}, node=limits)
-    recompute = {"kv_cache": {"offload": "never", "prefix_caching": False}}
-    note("quarter, recompute", engine=size, node=limits | recompute)
+    with_host = {**size, "host_kv_bytes": 1 << 30}
+    note("quarter", engine=with_host, node=limits)
+    for name, kv_cache in ABLATIONS.items():
+        engine = size if kv_cache.get("offload") == "never" else with_host
+        note(f"quarter, {name}", engine=engine, node=limits | {"kv_cache": kv_cache})
     unlimited_s = results["unlimited"]["high_ttft_p90_s"]
+    miss = 1 - results["quarter"]["tdg_ratio"]
     report(
         {
             "num_requests": count,
@@ -140,6 +151,11 @@ def main() -> None:
             "high_ttft_p90_ratio": {
                 name: round(figures["high_ttft_p90_s"] / unlimited_s, 3)
                 for name, figures in results.items()
+            },
+            "normalised_miss": {
+                name: round((1 - figures["tdg_ratio"]) / miss, 3)
+                for name, figures in results.items()
+                if miss > 0
             },
         },
         file_name=arguments.json,

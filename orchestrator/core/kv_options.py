@@ -30,8 +30,9 @@ class KVCacheOptions:
     """What becomes of the KV of a preempted request."""
 
     copy_budget: bool = True
-    """Reload no more blocks in a step than its computation hides; the rest is computed again or
-    comes later. Without, whatever a scheduled request has on the host is reloaded at once."""
+    """Reload no more blocks in a step than its computation hides, and reckon with the wait for the
+    first of them; the rest is computed again or comes later. Without, whatever a scheduled request
+    has on the host is reloaded at once, as if copies took no time."""
 
     offload_threshold_blocks: int = 2
     """Full blocks of the least valuable request that wait for each other before they are copied

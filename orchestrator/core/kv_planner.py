@@ -184,8 +184,9 @@ class KVPlanner:
             self._table.refresh(request)
 
     def stall_s(self, restored: Restorable) -> float:
-        """Return by how much a step is delayed if this is restored in it too."""
-        if self._copies is None or not restored.num_host_blocks:
+        """Return by how much a step is delayed if this is restored in it too, as far as the plan
+        reckons with copies."""
+        if self._copies is None or not self._options.copy_budget or not restored.num_host_blocks:
             return 0.0
         num_before = self.step.num_reloaded_blocks
         after_s = self._copies.stall_s(num_before + restored.num_host_blocks)
