@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +20,7 @@ BLOCK_BYTES = 737_280
 
 SHARED = 'proserve_node_kv_tokens_total{outcome="shared"}'
 PREFILLED = 'proserve_node_tokens_total{work="prefill"}'
+PREEMPTED = "proserve_node_preemptions_total"
 ONBOARDED = 'proserve_node_kv_copied_bytes_total{direction="onboard"}'
 ON_HOST = 'proserve_node_kv_blocks{place="host",state="cached"}'
 
@@ -102,3 +107,38 @@ def test_an_equal_beginning_comes_back_from_the_host(small: Deployment) -> None:
     assert computed_and_shared(small) == (computed + 20, shared + 512)
     assert small.node_metric(ONBOARDED) == onboarded + 32 * BLOCK_BYTES
     assert complete(small, question, max_tokens=8) == expected
+
+
+async def stream_events(client: httpx.AsyncClient, prompt: list[int]) -> list[dict[str, object]]:
+    body = {"model": "smollm2-135m", "prompt": prompt, "max_tokens": 300, "stream": True}
+    async with client.stream("POST", "/v1/completions", json=body | {"ignore_eos": True}) as answer:
+        if answer.is_error:  # not even a first token
+            return [json.loads(await answer.aread())]
+        lines = [line async for line in answer.aiter_lines() if line.startswith("data: {")]
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+async def test_an_engine_killed_among_copies_ends_every_stream_once(
+    engine_dir: Path, tmp_path: Path
+) -> None:
+    """Three prompts fill the memory; as soon as their answers need more, blocks are on the move."""
+    path = write_deployment(
+        tmp_path,
+        engine_dir,
+        engine={"device_kv_bytes": 60 * BLOCK_BYTES, "host_kv_bytes": "256MiB"},
+        node={"max_model_len": 800, "kv_cache": {"offload_threshold_blocks": 1}},
+    )
+    with running(path) as deployment:
+        async with httpx.AsyncClient(base_url=deployment.url, timeout=60) as client:
+            streams = [
+                asyncio.create_task(stream_events(client, tokens(seed, 300))) for seed in range(3)
+            ]
+            await asyncio.to_thread(
+                until, lambda: deployment.node_metric(PREEMPTED) > 0, "memory is short"
+            )
+            os.kill(deployment.engine_pid(0), signal.SIGKILL)
+            answers = await asyncio.gather(*streams)
+
+    for events in answers:
+        assert ["error" in event for event in events] == [False] * (len(events) - 1) + [True]
+        assert "engine process ended with status -9" in json.dumps(events[-1])
