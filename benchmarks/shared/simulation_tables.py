@@ -1,7 +1,9 @@
 """Prints a simulation as Markdown tables, and condenses its results to what a page needs.
 
     python -m benchmarks.shared.simulation_tables RESULTS.json [--summary SUMMARY.json]
+        [--reference POLICY]
 
+`--reference` adds how much gain each policy misses, in units of what this one misses.
 `--summary` writes the configuration, the calibrations and the means over seeds, without the single
 runs: those come out of the configuration again, byte for byte.
 """
@@ -99,6 +101,27 @@ def findings_table(rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def misses(results: dict[str, Any], reference: str) -> str:
+    """Return a table of (1 - TDG_Ratio) / (1 - TDG_Ratio of the reference), means over seeds;
+    a dash where the reference misses less than a thousandth, too little to divide by."""
+    rates, policies = results["config"]["rates"]["values"], list(results["config"]["policies"])
+    columns = [(trace, rate) for trace in results["calibrations"] for rate in rates]
+    lines = [
+        "| policy | " + " | ".join(f"{trace}, {rate:g} x" for trace, rate in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for policy in policies:
+        row = []
+        for trace, rate in columns:
+            cells = _cells(results, trace)
+            least, missed = (
+                1 - _mean(cells, name, rate, "tdg_ratio") for name in (reference, policy)
+            )
+            row.append(f"{missed / least:.2f}" if least >= 0.001 else "-")
+        lines.append(f"| {policy} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
 def _cells(results: dict[str, Any], trace: str) -> Cells:
     return {(s["policy"], s["rate"]): s for s in results["summary"] if s["trace"] == trace}
 
@@ -140,6 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("--summary", type=Path)
+    parser.add_argument("--reference", metavar="POLICY")
     arguments = parser.parse_args()
     results = json.loads(arguments.results.read_text())
     policies, rates = results["config"]["policies"], results["config"]["rates"]["values"]
@@ -148,6 +172,8 @@ def main() -> None:
     if rows:
         print(findings_table(rows), end="\n\n")
     print(tables(results))
+    if arguments.reference is not None:
+        print(misses(results, arguments.reference))
     if arguments.summary is not None:
         kept = {name: results[name] for name in ("config", "calibrations", "summary")}
         text = json.dumps({**kept, "findings": rows}, indent=1)
