@@ -50,7 +50,10 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True, forbid_un
 
     tpot_s: float | None = None
     client_id: str = ""
-    """Whose request it is; only requests of the same client share KV."""
+    """Whose request it is, for schedulers that are fair among clients."""
+
+    cache_salt: str = ""
+    """Only requests with the same one share KV."""
 
     def to_spec(self) -> RequestSpec:
         """Return the core's form of this request."""
@@ -61,6 +64,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True, forbid_un
             priority_class=self.priority_class,
             weight=self.weight,
             client_id=self.client_id,
+            cache_salt=self.cache_salt,
             slo=Slo(
                 ttft_s=math.inf if self.ttft_s is None else self.ttft_s,
                 tpot_s=math.inf if self.tpot_s is None else self.tpot_s,

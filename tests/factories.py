@@ -78,6 +78,7 @@ def make_request(
     arrival_s: float = 0.0,
     num_output_tokens: int = 0,
     client_id: str = "",
+    cache_salt: str = "",
     stop_token_ids: tuple[int, ...] = (),
     sampling: SamplingParams | None = None,
 ) -> Request:
@@ -96,6 +97,7 @@ def make_request(
             weight=weight,
             slo=Slo(ttft_s=ttft_s, tpot_s=tpot_s),
             client_id=client_id,
+            cache_salt=cache_salt,
         ),
         arrival_s=arrival_s,
     )

@@ -36,8 +36,8 @@ class BlockKeys:
     def of(self, request: Request, num_blocks: int) -> Sequence[Hashable]:
         """Return at least the names of the first `num_blocks` blocks, which are full.
 
-        A request's client is part of every name, so that the time to the first token tells
-        nobody what others have asked.
+        A request's salt is part of every name, so that the time to the first token tells
+        nobody what those with another salt have asked.
         """
         keys = self._keys.setdefault(request.spec.request_id, [])
         if len(keys) >= num_blocks:
@@ -49,10 +49,10 @@ class BlockKeys:
             keys.extend((serial, index) for index in range(len(keys), num_blocks))
             return keys
         size, token_ids = self._block_size_tokens, request.all_token_ids
-        parent = keys[-1] if keys else request.spec.client_id.encode()
+        parent = keys[-1] if keys else request.spec.cache_salt.encode()
         for index in range(len(keys), num_blocks):
             assert isinstance(parent, bytes)
-            # The parent's length goes first: no client's name can pass for a hash.
+            # The parent's length goes first: no salt can pass for a hash.
             digest = blake2b(len(parent).to_bytes(8, "little"), digest_size=_DIGEST_BYTES)
             digest.update(parent)
             digest.update(array("q", token_ids[index * size : (index + 1) * size]).tobytes())

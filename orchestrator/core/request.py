@@ -89,6 +89,9 @@ class RequestSpec:
     client_id: str = ""
     """Whose request it is, for schedulers that are fair among clients."""
 
+    cache_salt: str = ""
+    """Only requests with the same one share the KV of equal beginnings."""
+
 
 @dataclass(slots=True, eq=False)
 class Request:

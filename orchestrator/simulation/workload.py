@@ -71,6 +71,7 @@ class Workload:
                 weight=priority_class.weight,
                 slo=priority_class.slo,
                 client_id=self.trace.clients[index],
+                cache_salt=self.trace.clients[index],
             ),
             arrival_s=float(self.trace.arrival_s[index]),
         )

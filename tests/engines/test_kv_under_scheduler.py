@@ -149,7 +149,7 @@ class Node:
             max_tokens=MAX_TOKENS,
             weight=draw.choice([1.0, 4.0]),
             ttft_s=draw.choice([0.02, 0.5, 5.0]),
-            client_id=draw.choice("ab"),
+            cache_salt=draw.choice("ab"),
         )
         self.loop.add(request.spec, self.scheduler_now())
 

@@ -66,12 +66,12 @@ class Life:
     def add(self) -> None:
         if len(self.live) == 4:
             return
-        # Few tokens and few clients: equal beginnings are common. Some ids come back.
+        # Few tokens and few salts: equal beginnings are common. Some ids come back.
         request = make_request(
             f"r{self.num_added % 7}",
             prompt_token_ids=[self.draw.randrange(2) for _ in range(self.draw.randint(1, 12))],
             max_tokens=MAX_TOKENS,
-            client_id=self.draw.choice("ab"),
+            cache_salt=self.draw.choice("ab"),
         )
         self.num_added += 1
         if request.request_id not in self.live:
@@ -177,7 +177,7 @@ class Life:
 
     def content(self, request: Request, index: int) -> Content:
         end = (index + 1) * BLOCK_TOKENS
-        return request.spec.client_id, tuple(request.all_token_ids[:end])
+        return request.spec.cache_salt, tuple(request.all_token_ids[:end])
 
 
 @settings(max_examples=NUM_LIVES, deadline=None)

@@ -107,6 +107,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             ttft_s=ttft_s,
             arrival_s=self.now_s,
             client_id="ab"[self.num_added % 2],
+            cache_salt="ab"[self.num_added % 2],
             stop_token_ids=(STOP_TOKEN_ID,),
         )
         self.num_added += 1
