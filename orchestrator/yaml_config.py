@@ -41,6 +41,17 @@ def load_yaml_model(path: Path, model: type[M]) -> M:
         content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse_yaml_model(content, model, path=path)
+
+
+def parse_yaml_model(
+    content: bytes, model: type[M], *, path: Path, context: object | None = None
+) -> M:
+    """Return `content`, read from `path`, as `model`; validators of the model see `context`.
+
+    Raises:
+        ConfigError: as `load_yaml_model`.
+    """
     try:
         root, data = _parse(content, path)
     except yaml.MarkedYAMLError as error:
@@ -48,7 +59,9 @@ def load_yaml_model(path: Path, model: type[M]) -> M:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date or number
         reason = " ".join(str(error).split())  # yaml breaks its lines
         raise ConfigError(f"{path}: invalid YAML: {reason}") from error
-    return _validated(data, model, source=str(path), root=root)
+    except RecursionError:
+        raise ConfigError(f"{path}: invalid YAML: it is nested too deeply") from None
+    return _validated(data, model, source=str(path), root=root, context=context)
 
 
 def validate_model(data: object, model: type[M], *, source: str) -> M:
@@ -57,7 +70,7 @@ def validate_model(data: object, model: type[M], *, source: str) -> M:
     Raises:
         ConfigError: `data` does not fit the model. Names every problem.
     """
-    return _validated(data, model, source=source, root=None)
+    return _validated(data, model, source=source, root=None, context=None)
 
 
 def _parse(content: bytes, path: Path) -> tuple[yaml.MappingNode, object]:
@@ -76,9 +89,11 @@ def _parse(content: bytes, path: Path) -> tuple[yaml.MappingNode, object]:
         loader.dispose()
 
 
-def _validated(data: object, model: type[M], *, source: str, root: yaml.Node | None) -> M:
+def _validated(
+    data: object, model: type[M], *, source: str, root: yaml.Node | None, context: object | None
+) -> M:
     try:
-        return model.model_validate(data)
+        return model.model_validate(data, context=context)
     except ValidationError as error:
         problems: dict[str, int] = {}  # text -> line; the members of a union repeat some texts
         for detail in error.errors(include_url=False):
