@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,12 +24,47 @@ MAX_SHOWN = 80
 class Refused(RequestRejected):
     """A request rejected with a status or a code of its own."""
 
+    kind = "invalid_request_error"
+    """What OpenAI calls the error's type."""
+
     def __init__(
         self, message: str, *, field: str | None = None, status: int = 400, code: str | None = None
     ) -> None:
         super().__init__(message, field=field)
         self.status = status
         self.code = code
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers of the answer."""
+        return {}
+
+
+class Unauthenticated(Refused):
+    """A request without a key that is valid here."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, status=401, code="invalid_api_key")
+
+    def headers(self) -> dict[str, str]:
+        """Return which kind of credentials is asked for."""
+        return {"www-authenticate": "Bearer"}
+
+
+class TooManyRequests(Refused):
+    """A request that would be taken later."""
+
+    def __init__(self, message: str, *, kind: str, code: str, retry_after_s: float) -> None:
+        """`kind` is what there is too much of."""
+        super().__init__(message, status=429, code=code)
+        self.kind = kind
+        self.retry_after_s = retry_after_s
+
+    def headers(self) -> dict[str, str]:
+        """Return when to try again; OpenAI's client reads milliseconds, others whole seconds."""
+        return {
+            "retry-after": str(max(1, math.ceil(self.retry_after_s))),
+            "retry-after-ms": str(math.ceil(self.retry_after_s * 1000)),
+        }
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):
@@ -52,7 +88,7 @@ def error_answer(error: ProServeError) -> tuple[int, ErrorAnswer]:
     match error:
         case Refused():
             status, code = error.status, error.code
-            kind, param = "invalid_request_error", error.field
+            kind, param = error.kind, error.field
         case RequestRejected():
             status, code = 400, None
             kind, param = "invalid_request_error", error.field
@@ -61,6 +97,17 @@ def error_answer(error: ProServeError) -> tuple[int, ErrorAnswer]:
         case _:
             status, code = 500, "engine_error"
     return status, ErrorAnswer(ErrorDetail(str(error), kind, param, code))
+
+
+def error_headers(error: ProServeError) -> dict[str, str]:
+    """Return the headers that go with `error_answer`."""
+    match error:
+        case Refused():
+            return error.headers()
+        case NodeUnavailable():
+            return {"retry-after": "1"}
+        case _:
+            return {}
 
 
 def http_error_answer(status: int, message: str, *, code: str | None = None) -> ErrorAnswer:
