@@ -84,11 +84,10 @@ class Dispatcher:
 
     def _pick(self, routing: RoutingRequest, tried: list[str]) -> str:
         now_s = self._clock.now_s()
-        needed = routing.num_prompt_tokens + routing.max_tokens
         usable = [
             view
             for view in self._pool.views(now_s, exclude=tried)
-            if view.max_sequence_tokens >= needed
+            if view.max_sequence_tokens >= routing.max_size
         ]
         decision = self._policy.pick(routing, usable, now_s)
         if decision.endpoint_id is None:

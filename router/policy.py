@@ -21,6 +21,11 @@ class RoutingRequest:
     arrival_s: float
     """On the clock of `pick`'s `now_s`."""
 
+    @property
+    def max_size(self) -> int:
+        """Prompt and output tokens at most."""
+        return self.num_prompt_tokens + self.max_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class EndpointView:
