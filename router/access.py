@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import structlog
@@ -14,11 +15,20 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orchestrator.core.ports import Clock
-from router.metrics import ClassMetrics, RouterMetrics
+from router.admission import Lease
+from router.client_directory import Client
+from router.errors import ErrorAnswer
+from router.keys import redacted
+from router.metrics import ClassMetrics, ClientMetrics, RouterMetrics
+from router.translation import GenerationPlan
 
 REQUEST_ID_HEADER = "X-Request-Id"
+SERVED_AS_HEADER = "X-ProServe-Served-As"
 CLIENT_LEFT_STATUS = 499
 """Counted for clients that left before their answer began; nginx's number."""
+
+REFUSED_STATUSES = frozenset({401, 403, 429})
+"""Of requests whose sender may not do that, or not now."""
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -32,10 +42,22 @@ class RequestRecord:
     request_id: str
     arrival_s: float
     metrics: RouterMetrics
+    client: Client | None = None
+    """None until the sender is known."""
+
+    key_id: str | None = None
+    """Of the API key, where there are any; it tells nothing of the secret."""
+
     completion_id: str | None = None
     """None until the request is accepted."""
 
     priority_class: str = "none"
+    demoted_to: str | None = None
+    """The class as which the request is served, if not as its own."""
+
+    lease: Lease | None = None
+    """What is to be given back at the end."""
+
     endpoint_ids: list[str] = field(default_factory=list)
     """Nodes that were tried, over all sequences."""
 
@@ -46,14 +68,27 @@ class RequestRecord:
     error: str | None = None
     """Code of the error that the client was told."""
 
+    error_type: str = ""
     has_client_left: bool = False
 
-    def accept(self, completion_id: str, priority_class: str, num_prompt_tokens: int) -> None:
-        """The request is valid and begins."""
+    def identify(self, client: Client, key_id: str | None) -> None:
+        """The sender is known."""
+        self.client = client
+        self.key_id = key_id
+
+    def accept(self, completion_id: str, plan: GenerationPlan, lease: Lease) -> None:
+        """The request is valid and let in, and begins."""
         self.completion_id = completion_id
-        self.priority_class = priority_class
-        self.num_prompt_tokens = num_prompt_tokens
+        self.priority_class = plan.priority_class.name
+        self.demoted_to = plan.demoted_to.name if plan.demoted_to else None
+        self.num_prompt_tokens = plan.num_prompt_tokens
+        self.lease = lease
         self._class_metrics.in_progress.inc()
+
+    def fail(self, answer: ErrorAnswer) -> None:
+        """The client is told of an error."""
+        self.error = answer.error.code or answer.error.type
+        self.error_type = answer.error.type
 
     def receive(self, num_new_tokens: int, now_s: float, finish_reason: str | None) -> None:
         """Tokens came from a node."""
@@ -63,9 +98,24 @@ class RequestRecord:
         if finish_reason is not None:
             self.finish_reasons.append(finish_reason)
 
+    def answer_headers(self, now_s: float) -> Iterator[tuple[str, str]]:
+        """Yield the headers that this request's answer gets if it begins now."""
+        yield REQUEST_ID_HEADER.lower(), self.request_id
+        if self.client is not None:
+            yield from self.client.limiter.headers(now_s)
+        if self.completion_id is not None:
+            yield SERVED_AS_HEADER.lower(), self.demoted_to or self.priority_class
+
     def close(self, route: str, status: int, now_s: float) -> None:
-        """The answer has ended: count it, and log it if it was a generation or refused."""
-        self.metrics.requests(route, self.priority_class, str(status)).inc()
+        """The answer has ended: give back what it held, count it, and log it if it was a
+        generation or refused."""
+        if self.lease is not None:
+            num_tokens = self.num_prompt_tokens + self.num_completion_tokens
+            # What ends as our failure is not held against the client.
+            self.lease.close(num_used_tokens=0 if status >= 500 else num_tokens)
+        self._count(route, str(status))
+        if status in REFUSED_STATUSES:
+            self.metrics.refusals(self._client_name, self.error, self.error_type).inc()
         duration_s = now_s - self.arrival_s
         if self.completion_id is not None:
             self._class_metrics.in_progress.dec()
@@ -80,7 +130,10 @@ class RequestRecord:
             route=route,
             status=status,
             completion_id=self.completion_id,
+            client_id=self._client_name or None,
+            key_id=self.key_id,
             priority_class=self.priority_class,
+            demoted_to=self.demoted_to,
             endpoint_ids=self.endpoint_ids,
             num_prompt_tokens=self.num_prompt_tokens,
             num_completion_tokens=self.num_completion_tokens,
@@ -90,6 +143,20 @@ class RequestRecord:
             error=self.error,
             has_client_left=self.has_client_left,
         )
+
+    @property
+    def client_metrics(self) -> ClientMetrics | None:
+        """The metrics of the client, if it is one of the clients file."""
+        return self.metrics.of_client(self._client_name) if self._client_name else None
+
+    def _count(self, route: str, status: str) -> None:
+        self.metrics.requests(route, self.priority_class, status).inc()
+        if self._client_name:
+            self.metrics.client_requests(self._client_name, self.priority_class, status).inc()
+
+    @property
+    def _client_name(self) -> str:
+        return (self.client and self.client.name) or ""
 
     @property
     def _class_metrics(self) -> ClassMetrics:
@@ -110,21 +177,27 @@ class AccessLog:
             await self._app(scope, receive, send)
             return
         asked = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
-        request_id = asked if _SANE_REQUEST_ID.fullmatch(asked) else f"req-{uuid.uuid4().hex}"
-        id_header = (REQUEST_ID_HEADER.lower().encode(), request_id.encode())
+        is_usable = _SANE_REQUEST_ID.fullmatch(asked) and redacted(asked) == asked
+        request_id = asked if is_usable else f"req-{uuid.uuid4().hex}"
         record = RequestRecord(request_id, self._clock.now_s(), self._metrics)
         scope.setdefault("state", {})["record"] = record
         status = CLIENT_LEFT_STATUS
 
-        async def send_with_id(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), id_header]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    *(
+                        (name.encode(), value.encode())
+                        for name, value in record.answer_headers(self._clock.now_s())
+                    ),
+                ]
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            await self._app(scope, receive, send_with_headers)
         except Exception:
             status, record.error = 500, "internal_error"
             raise

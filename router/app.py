@@ -7,9 +7,11 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import TypeVar
 
 import msgspec
+import structlog
 from fastapi import FastAPI, Request, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -18,6 +20,8 @@ from starlette.requests import ClientDisconnect
 from orchestrator.core.errors import ProServeError
 from orchestrator.core.ports import Clock
 from router.access import CLIENT_LEFT_STATUS, REQUEST_ID_HEADER, AccessLog, RequestRecord
+from router.admission import Admission
+from router.client_directory import Client, ClientDirectory
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.endpoints import EndpointPool
@@ -25,6 +29,7 @@ from router.errors import (
     ErrorAnswer,
     Refused,
     error_answer,
+    error_headers,
     http_error_answer,
     refusal_of,
     refuse_repeated_keys,
@@ -33,6 +38,7 @@ from router.generation import Generation, GenerationTools
 from router.metrics import CONTENT_TYPE, RouterMetrics
 from router.node_client import NodeClient
 from router.open_requests import OpenRequests
+from router.outlook import ProfileOutlook
 from router.policy import LeastLoadPolicy, RoutingPolicy
 from router.responses import (
     AnswerFormat,
@@ -43,12 +49,14 @@ from router.responses import (
 )
 from router.schema import ChatCompletionBody, CompletionBody, GenerationBody
 from router.streaming import AnswerHead, EventStream, WholeAnswer
+from router.terms import ServiceTerms
 from router.tokenizer import Tokenizer
-from router.translation import GenerationPlan, Translator, model_not_found
+from router.translation import GenerationPlan, Sender, Translator, model_not_found
 
 BodyT = TypeVar("BodyT", bound=GenerationBody)
 
 _encoder = msgspec.json.Encoder()
+_log = structlog.get_logger("router")
 
 
 class MonotonicClock:
@@ -80,6 +88,16 @@ class RouterService:
             poll_interval_s=config.snapshot_poll_interval_s,
             max_snapshot_age_s=config.max_snapshot_age_s,
         )
+        self.directory = _directory(config, clock, self.metrics)
+        self._everybody = Client.everybody(
+            ServiceTerms.of_everybody(config.classes, default_class=config.default_class)
+        )
+        self.admission = Admission(
+            config.admission,
+            [c.to_priority_class() for c in config.classes],
+            ProfileOutlook(self.pool.views, self.pool.description_of),
+            self.metrics,
+        )
         self.translator = Translator(config, tokenizer, self.pool)
         self._tools = GenerationTools(
             dispatcher=Dispatcher(
@@ -96,17 +114,66 @@ class RouterService:
             open_requests=self.open_requests,
         )
 
+    async def start(self) -> None:
+        """Begin to follow the nodes and the clients file."""
+        if self.directory is None:
+            _log.warning("no_clients_file", effect="whoever reaches the router may use every class")
+        else:
+            await self.directory.start()
+        await self.pool.start()
+
+    async def stop(self) -> None:
+        """End what `start` began, and all connections."""
+        await self.pool.stop()
+        if self.directory is not None:
+            await self.directory.stop()
+        await self.client.close()
+
+    def identify(self, request: Request) -> Client:
+        """Return who sends a request; without a clients file, everybody.
+
+        Raises:
+            Unauthenticated: it has no valid key.
+        """
+        record: RequestRecord = request.state.record
+        if self.directory is None:
+            record.identify(self._everybody, None)
+            return self._everybody
+        client, key_id = self.directory.identify(request.headers, datetime.now(UTC))
+        record.identify(client, key_id)
+        return client
+
+    def take_request(self, request: Request) -> Client:
+        """Return who sends a request for a generation, and count it.
+
+        Raises:
+            Unauthenticated: it has no valid key.
+            TooManyRequests: its client may not send another one yet.
+        """
+        client = self.identify(request)
+        client.limiter.take_request(self.clock.now_s())
+        return client
+
     def answer(
-        self, plan: GenerationPlan, answer_format: AnswerFormat, record: RequestRecord
+        self,
+        plan: GenerationPlan,
+        answer_format: AnswerFormat,
+        record: RequestRecord,
+        client: Client,
     ) -> Response:
-        """Return the response that runs `plan`."""
+        """Return the response that runs `plan`.
+
+        Raises:
+            TooManyRequests, Refused: as `Admission.admit`.
+        """
+        plan, lease = self.admission.admit(plan, client, self.clock.now_s())
         head = AnswerHead(
             completion_id=f"{answer_format.id_prefix}{uuid.uuid4().hex}",
             created_s=int(time.time()),
             model=plan.model,
             num_choices=len(plan.sequences),
         )
-        generation = Generation(head.completion_id, plan, self._tools, record)
+        generation = Generation(head.completion_id, plan, self._tools, record, lease)
         if plan.is_stream:
             return EventStream(head, generation, answer_format, plan.stream_options, record)
         return WholeAnswer(head, generation, answer_format, record)
@@ -154,6 +221,7 @@ def create_app(
 
     Raises:
         EngineDirectoryError: the engine directory has no usable tokenizer.
+        ConfigError: the clients file cannot be read or has mistakes.
     """
     service = RouterService(
         config,
@@ -163,12 +231,11 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await service.pool.start()
+        await service.start()
         try:
             yield
         finally:
-            await service.pool.stop()
-            await service.client.close()
+            await service.stop()
 
     # Bodies are read and checked here, not by FastAPI, so the schema it would show has none.
     app = FastAPI(
@@ -186,33 +253,39 @@ def _add_generation_routes(app: FastAPI, service: RouterService) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         record: RequestRecord = request.state.record
+        client = service.take_request(request)
         body = await service.read(request, ChatCompletionBody)
-        plan = await service.translator.plan_chat(body, request.headers, record.arrival_s)
+        sender = Sender(client, request.headers, record.arrival_s)
+        plan = await service.translator.plan_chat(body, sender)
         answer_format = ChatFormat(service.tokenizer, has_logprobs=bool(body.logprobs))
-        return service.answer(plan, answer_format, record)
+        return service.answer(plan, answer_format, record, client)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         record: RequestRecord = request.state.record
+        client = service.take_request(request)
         body = await service.read(request, CompletionBody)
-        plan = await service.translator.plan_completion(body, request.headers, record.arrival_s)
+        sender = Sender(client, request.headers, record.arrival_s)
+        plan = await service.translator.plan_completion(body, sender)
         answer_format = CompletionFormat(
             service.tokenizer,
             has_logprobs=body.logprobs is not None,
             echoes=[sequence.prompt.echo for sequence in plan.sequences],
         )
-        return service.answer(plan, answer_format, record)
+        return service.answer(plan, answer_format, record, client)
 
 
 def _add_information_routes(app: FastAPI, service: RouterService) -> None:
     model = Model(service.config.model, service.created_s)
 
     @app.get("/v1/models")
-    async def list_models() -> Response:
+    async def list_models(request: Request) -> Response:
+        service.identify(request)
         return _json(200, ModelList((model,)))
 
     @app.get("/v1/models/{model_id:path}")
-    async def get_model(model_id: str) -> Response:
+    async def get_model(request: Request, model_id: str) -> Response:
+        service.identify(request)
         if model_id != model.id:
             raise model_not_found(model_id, served=model.id)
         return _json(200, model)
@@ -228,7 +301,9 @@ def _add_information_routes(app: FastAPI, service: RouterService) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         obstacles = service.pool.obstacles(service.clock.now_s())
-        text = await asyncio.to_thread(service.metrics.render, obstacles)
+        text = await asyncio.to_thread(
+            service.metrics.render, obstacles, num_waiting=service.admission.num_waiting
+        )
         return Response(text, media_type=CONTENT_TYPE)
 
 
@@ -236,8 +311,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ProServeError)
     async def on_error(request: Request, error: ProServeError) -> Response:
         status, answer = error_answer(error)
-        headers = {"retry-after": "1"} if status == 503 else {}
-        return _refuse(request, status, answer, headers)
+        return _refuse(request, status, answer, error_headers(error))
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
@@ -267,7 +341,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 def _refuse(
     request: Request, status: int, answer: ErrorAnswer, headers: dict[str, str]
 ) -> Response:
-    request.state.record.error = answer.error.code or answer.error.type
+    request.state.record.fail(answer)
     return _json(status, answer, headers)
 
 
@@ -290,6 +364,21 @@ async def _read_body(request: Request, limit: int) -> bytes:
         if len(body) > limit:
             raise refusal
     return bytes(body)
+
+
+def _directory(
+    config: RouterConfig, clock: Clock, metrics: RouterMetrics
+) -> ClientDirectory | None:
+    """Return the clients; None if everybody may use the router."""
+    if config.clients_file is None:
+        return None
+    return ClientDirectory(
+        config.clients_file,
+        config.classes,
+        clock,
+        metrics,
+        poll_interval_s=config.clients_poll_interval_s,
+    )
 
 
 def _policy(config: RouterConfig) -> RoutingPolicy:

@@ -77,6 +77,34 @@ class EndpointConfig(BaseModel):
     """Address of the node's HTTP service, as http://HOST:PORT."""
 
 
+class AdmissionConfig(BaseModel):
+    """What a router lets in when there is more work than its nodes can do.
+
+    Waiting are sequences that were sent to a node and have no token yet.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    max_waiting_sequences: PositiveInt = 1024
+    """Sequences that may wait for their first token, over all nodes; a request for which there is
+    no place is refused with 429."""
+
+    reserved_fraction: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.25
+    """Places kept from a class for those worth more: the second most valuable may take a place
+    while less than `1 - reserved_fraction` of all are taken, the third while less than the square
+    of that are, and so on."""
+
+    client_share: Annotated[FiniteFloat, Field(gt=0)] = 2.0
+    """A client of the clients file may take a place while it has fewer than this many times the
+    places that are left to its class. So one alone may have two thirds of them at 2, and n that
+    all want more have 2 in 2n + 1 each."""
+
+    hopeless: Literal["queue", "demote", "refuse"] = "queue"
+    """What to do with a request that can no longer earn anything on any node: let it in all the
+    same; let it in as one of the least valuable class that its client may use; or refuse it with
+    429 and the time after which the queues are predicted to be short enough."""
+
+
 # Neighbouring classes are worth 2 to 1, as in the open traces of ProServe (arXiv 2512.12928);
 # the objectives of `high` are those that xLLM ships, the others relax them.
 DEFAULT_CLASSES = (
@@ -105,6 +133,16 @@ class RouterSettings(BaseModel):
 
     default_class: str = "normal"
     """Class of requests that name none."""
+
+    clients_file: Path | None = None
+    """Who may use the router: a file of [ClientsConfig](#clientsconfig). None lets everybody use
+    every class."""
+
+    clients_poll_interval_s: PositiveFloat = 2.0
+    """Pause between two looks at the clients file; a change counts without a restart."""
+
+    admission: AdmissionConfig = AdmissionConfig()
+    """What is let in under overload."""
 
     max_body_bytes: PositiveInt = 4 * 1024 * 1024
     """Larger request bodies are refused while they are being read."""

@@ -94,6 +94,12 @@ class EndpointPool:
         """Return the address of a node."""
         return self._endpoints[endpoint_id].url
 
+    def description_of(self, endpoint_id: str) -> NodeDescription:
+        """Return what a node that `views` has just offered serves."""
+        description = self._endpoints[endpoint_id].description
+        assert description is not None, "only nodes that were described are offered"
+        return description
+
     def max_sequence_tokens(self) -> int:
         """Return the longest sequence, prompt and output, that any known node takes.
 

@@ -13,11 +13,11 @@ from orchestrator.core.ports import Clock
 from orchestrator.core.slo import GainWeights, Slo, token_deadline_s
 from orchestrator.wire import GenerateRequest
 from router.access import RequestRecord
+from router.admission import Lease
 from router.dispatch import Dispatcher
-from router.metrics import ClassMetrics, RouterMetrics
+from router.metrics import ClassMetrics, ClientMetrics, RouterMetrics
 from router.open_requests import OpenRequests
 from router.output import OutputAssembler, OutputDelta
-from router.policy import RoutingRequest
 from router.responses import Usage
 from router.tokenizer import Tokenizer
 from router.translation import GenerationPlan
@@ -47,14 +47,19 @@ class Generation:
         plan: GenerationPlan,
         tools: GenerationTools,
         record: RequestRecord,
+        lease: Lease,
     ) -> None:
         self._completion_id = completion_id
         self._plan = plan
         self._tools = tools
         self._record = record
+        self._lease = lease
         self._class_metrics = tools.metrics.of_class(plan.priority_class.name)
         self._class_metrics.prompt_tokens.inc(plan.num_prompt_tokens)
-        record.accept(completion_id, plan.priority_class.name, plan.num_prompt_tokens)
+        self._client_metrics = record.client_metrics
+        if self._client_metrics is not None:
+            self._client_metrics.prompt_tokens.inc(plan.num_prompt_tokens)
+        record.accept(completion_id, plan, lease)
 
     def usage(self, num_completion_tokens: int) -> Usage:
         """Return the counts when this many tokens have been answered."""
@@ -78,22 +83,20 @@ class Generation:
     async def _run(self, index: int) -> AsyncGenerator[Sequence[OutputDelta]]:
         plan, sequence = self._plan, self._plan.sequences[index]
         request = self._node_request(index)
-        routing = RoutingRequest(
-            request_id=request.request_id,
-            num_prompt_tokens=len(sequence.prompt.token_ids),
-            max_tokens=sequence.sampling.max_tokens,
-            weight=plan.priority_class.weight,
-            slo=plan.slo,
-            arrival_s=plan.arrival_s,
-        )
+        routing = plan.routing_request(index, request_id=request.request_id)
         assembler = OutputAssembler(
             self._tools.tokenizer,
             stop=plan.stop,
             stop_token_ids=sequence.sampling.stop_token_ids,
         )
         meter = SequenceMeter(
-            self._class_metrics, plan.slo, weight=routing.weight, arrival_s=plan.arrival_s
+            self._class_metrics,
+            plan.slo,
+            weight=plan.priority_class.weight,
+            arrival_s=plan.arrival_s,
+            client=self._client_metrics,
         )
+        place = self._lease.places[index]
         batches = self._tools.dispatcher.generate(routing, request, self._record.endpoint_ids)
         try:
             async with aclosing(batches):
@@ -102,33 +105,46 @@ class Generation:
                     deltas = assembler.add_all(events)
                     num_new_tokens = sum(delta.num_new_tokens for delta in deltas)
                     finish_reason = deltas[-1].finish_reason
+                    if num_new_tokens:
+                        place.leave()
                     meter.receive(num_new_tokens, now_s)
                     self._record.receive(num_new_tokens, now_s, finish_reason)
                     yield deltas
                     if finish_reason is not None and events[-1].finish_reason is None:
                         return  # A stop string: closing the events aborts the node's work.
         finally:
+            place.leave()
             meter.close()
 
     def _node_request(self, index: int) -> GenerateRequest:
-        plan, sequence = self._plan, self._plan.sequences[index]
+        plan, sequence, slo = self._plan, self._plan.sequences[index], self._plan.node_slo
         return GenerateRequest(
             request_id=f"{self._completion_id}-{index}",
             prompt_token_ids=sequence.prompt.token_ids,
             sampling=sequence.sampling,
-            priority_class=plan.priority_class.name,
-            weight=plan.priority_class.weight,
+            priority_class=plan.node_class.name,
+            weight=plan.node_class.weight,
             client_id=plan.client_id,
-            ttft_s=plan.slo.ttft_s if math.isfinite(plan.slo.ttft_s) else None,
-            tpot_s=plan.slo.tpot_s if math.isfinite(plan.slo.tpot_s) else None,
+            cache_salt=plan.cache_salt,
+            ttft_s=slo.ttft_s if math.isfinite(slo.ttft_s) else None,
+            tpot_s=slo.tpot_s if math.isfinite(slo.tpot_s) else None,
         )
 
 
 class SequenceMeter:
     """Counts one sequence's latencies and gain, as they are when its tokens reach the router."""
 
-    def __init__(self, metrics: ClassMetrics, slo: Slo, *, weight: float, arrival_s: float) -> None:
+    def __init__(
+        self,
+        metrics: ClassMetrics,
+        slo: Slo,
+        *,
+        weight: float,
+        arrival_s: float,
+        client: ClientMetrics | None = None,
+    ) -> None:
         self._metrics = metrics
+        self._client = client
         self._slo = slo
         self._weight = weight
         self._arrival_s = arrival_s
@@ -155,9 +171,11 @@ class SequenceMeter:
         """The sequence has ended; one without any token has missed its first one's gain."""
         if self._num_tokens == 0:
             self._gain_possible = self._weight * _GAIN_WEIGHTS.first_token
-        self._metrics.completion_tokens.inc(self._num_tokens)
-        self._metrics.gain_captured.inc(self._gain_captured)
-        self._metrics.gain_possible.inc(self._gain_possible)
+        for metrics in (self._metrics, self._client):
+            if metrics is not None:
+                metrics.completion_tokens.inc(self._num_tokens)
+                metrics.gain_captured.inc(self._gain_captured)
+                metrics.gain_possible.inc(self._gain_possible)
 
 
 async def merged(

@@ -32,6 +32,16 @@ class ClassMetrics:
         self.disconnects = metrics.disconnects.labels(priority_class)
 
 
+class ClientMetrics:
+    """The metrics of one client of the clients file."""
+
+    def __init__(self, metrics: RouterMetrics, client: str) -> None:
+        self.prompt_tokens = metrics.client_prompt_tokens.labels(client)
+        self.completion_tokens = metrics.client_completion_tokens.labels(client)
+        self.gain_captured = metrics.client_gain_captured.labels(client)
+        self.gain_possible = metrics.client_gain_possible.labels(client)
+
+
 class RouterMetrics:
     """All metrics of one router, in a registry of their own."""
 
@@ -97,15 +107,75 @@ class RouterMetrics:
             ("endpoint_id",),
             registry=registry,
         )
+        self._declare_client_metrics()
         self.of_class = cache(lambda name: ClassMetrics(self, name))
+        self.of_client = cache(lambda name: ClientMetrics(self, name))
         self.requests = cache(self._requests.labels)
         self.upstream_errors = cache(self._upstream_errors.labels)
 
-    def render(self, obstacles: Mapping[str, str | None]) -> bytes:
+    def _declare_client_metrics(self) -> None:
+        """Declare what is counted by client; only names of the clients file become labels."""
+        counter = partial(Counter, labelnames=("client",), registry=self._registry)
+        self.client_prompt_tokens = counter(
+            "proserve_router_client_prompt_tokens_total", "Prompt tokens of accepted requests."
+        )
+        self.client_completion_tokens = counter(
+            "proserve_router_client_completion_tokens_total", "Tokens received from nodes."
+        )
+        self.client_gain_captured = counter(
+            "proserve_router_client_service_gain_captured_total",
+            "Weight of the tokens that came before their deadline.",
+        )
+        self.client_gain_possible = counter(
+            "proserve_router_client_service_gain_possible_total",
+            "Weight of all tokens that came, and of each first token that never did.",
+        )
+        self._client_requests = Counter(
+            "proserve_router_client_requests_total",
+            "Answered requests of each client, as proserve_router_requests_total.",
+            ("client", "priority_class", "status"),
+            registry=self._registry,
+        )
+        self._refusals = Counter(
+            "proserve_router_refusals_total",
+            "Requests refused with 401, 403 or 429; without a valid key, client is empty.",
+            ("client", "code", "type"),
+            registry=self._registry,
+        )
+        self._demotions = Counter(
+            "proserve_router_demotions_total",
+            "Requests without hope of earning anything that were served as a lesser class.",
+            ("priority_class",),
+            registry=self._registry,
+        )
+        self._waiting = Gauge(
+            "proserve_router_waiting_sequences",
+            "Sequences sent to a node that have no token yet.",
+            registry=self._registry,
+        )
+        self._clients_reloads = Counter(
+            "proserve_router_clients_file_reloads_total",
+            "Changes of the clients file that were found, by whether they could be applied.",
+            ("outcome",),
+            registry=self._registry,
+        )
+        self.clients_file_is_stale = Gauge(
+            "proserve_router_clients_file_is_stale",
+            "1 while the clients file has mistakes and the one before is in force.",
+            registry=self._registry,
+        )
+        self.client_requests = cache(self._client_requests.labels)
+        self.refusals = cache(self._refusals.labels)
+        self.demotions = cache(self._demotions.labels)
+        self.clients_reloads = cache(self._clients_reloads.labels)
+
+    def render(self, obstacles: Mapping[str, str | None], *, num_waiting: int) -> bytes:
         """Return everything as Prometheus text; takes milliseconds, so call it in a thread.
 
-        `obstacles` says for each node why it cannot be used now, None if it can.
+        `obstacles` says for each node why it cannot be used now, None if it can; `num_waiting`
+        sequences have no token yet.
         """
+        self._waiting.set(num_waiting)
         for endpoint_id, obstacle in obstacles.items():
             self._endpoint_usable.labels(endpoint_id).set(obstacle is None)
         return generate_latest(self._registry)

@@ -142,7 +142,7 @@ class EventStream(Response):
                 if not has_begun:
                     raise
                 _, answer = error_answer(error)
-                self._record.error = answer.error.code or answer.error.type
+                self._record.fail(answer)
                 last = _event(answer)
             await _send_body(send, last, is_last=True)
 

@@ -13,9 +13,11 @@ from starlette.datastructures import Headers
 
 from orchestrator.core.request import SamplingParams
 from orchestrator.core.slo import PriorityClass, Slo
+from router.client_directory import Client
 from router.config import RouterConfig
 from router.endpoints import EndpointPool
 from router.errors import Refused, cut
+from router.policy import RoutingRequest
 from router.schema import (
     MAX_SEED,
     ChatCompletionBody,
@@ -23,7 +25,7 @@ from router.schema import (
     GenerationBody,
     StreamOptions,
 )
-from router.terms import ServiceTerms, agreed
+from router.terms import agreed
 from router.tokenizer import Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -53,6 +55,15 @@ class SequencePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Sender:
+    """Where a request comes from."""
+
+    client: Client
+    headers: Headers
+    arrival_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationPlan:
     """A client's request, checked and complete."""
 
@@ -60,6 +71,9 @@ class GenerationPlan:
     priority_class: PriorityClass
     slo: Slo
     client_id: str
+    """Whom fair schedulers count it for."""
+
+    cache_salt: str
     """Only requests with the same one share KV."""
 
     sequences: tuple[SequencePlan, ...]
@@ -72,6 +86,36 @@ class GenerationPlan:
     is_stream: bool
     stream_options: StreamOptions
     arrival_s: float
+    demoted_to: PriorityClass | None = None
+    """What nodes are told in place of `priority_class`, for a request that is served without
+    hope. What was promised, and so what counts as gain, stays."""
+
+    @property
+    def node_class(self) -> PriorityClass:
+        """The class that nodes are told."""
+        return self.demoted_to or self.priority_class
+
+    @property
+    def node_slo(self) -> Slo:
+        """The objectives that nodes are told."""
+        if self.demoted_to is None:
+            return self.slo
+        return Slo(
+            ttft_s=max(self.slo.ttft_s, self.demoted_to.slo.ttft_s),
+            tpot_s=max(self.slo.tpot_s, self.demoted_to.slo.tpot_s),
+        )
+
+    def routing_request(self, index: int, *, request_id: str) -> RoutingRequest:
+        """Return what a routing policy is told of one sequence."""
+        sequence = self.sequences[index]
+        return RoutingRequest(
+            request_id=request_id,
+            num_prompt_tokens=len(sequence.prompt.token_ids),
+            max_tokens=sequence.sampling.max_tokens,
+            weight=self.node_class.weight,
+            slo=self.node_slo,
+            arrival_s=self.arrival_s,
+        )
 
 
 class Translator:
@@ -81,11 +125,8 @@ class Translator:
         self._config = config
         self._tokenizer = tokenizer
         self._pool = pool
-        self._terms = ServiceTerms(config.classes, default_class=config.default_class)
 
-    async def plan_chat(
-        self, body: ChatCompletionBody, headers: Headers, arrival_s: float
-    ) -> GenerationPlan:
+    async def plan_chat(self, body: ChatCompletionBody, sender: Sender) -> GenerationPlan:
         """Return the plan for a conversation.
 
         Raises:
@@ -108,15 +149,12 @@ class Translator:
         return self._plan(
             body,
             [Prompt(tuple(token_ids))],
-            headers,
-            arrival_s=arrival_s,
+            sender,
             max_tokens=max_tokens,
             num_logprobs=num_logprobs,
         )
 
-    async def plan_completion(
-        self, body: CompletionBody, headers: Headers, arrival_s: float
-    ) -> GenerationPlan:
+    async def plan_completion(self, body: CompletionBody, sender: Sender) -> GenerationPlan:
         """Return the plan for one or several prompts.
 
         Raises:
@@ -135,8 +173,7 @@ class Translator:
         return self._plan(
             body,
             prompts,
-            headers,
-            arrival_s=arrival_s,
+            sender,
             max_tokens=DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
             num_logprobs=body.logprobs,
         )
@@ -145,9 +182,8 @@ class Translator:
         self,
         body: GenerationBody,
         prompts: Sequence[Prompt],
-        headers: Headers,
+        sender: Sender,
         *,
-        arrival_s: float,
         max_tokens: int | None,
         num_logprobs: int | None,
     ) -> GenerationPlan:
@@ -159,7 +195,7 @@ class Translator:
                 "stream_options.continuous_usage_stats needs include_usage to be true",
                 field="stream_options.continuous_usage_stats",
             )
-        priority_class, slo = self._terms.of(body, headers)
+        priority_class, slo = sender.client.terms.of(body, sender.headers)
         num_choices = body.n or 1
         limit = self._config.max_sequences_per_request
         if len(prompts) * num_choices > limit:
@@ -173,7 +209,8 @@ class Translator:
             model=body.model,
             priority_class=priority_class,
             slo=slo,
-            client_id=body.user or "",
+            client_id=sender.client.id_on_nodes(body.user),
+            cache_salt=sender.client.cache_salt(body.user),
             sequences=tuple(
                 SequencePlan(
                     prompt,
@@ -191,7 +228,7 @@ class Translator:
             stop=body.stop_strings,
             is_stream=bool(body.stream),
             stream_options=stream_options,
-            arrival_s=arrival_s,
+            arrival_s=sender.arrival_s,
         )
 
     def _check_model(self, body: GenerationBody) -> None:

@@ -18,13 +18,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ByteSize, TypeAdapter
+from pydantic import AwareDatetime, BaseModel, ByteSize, TypeAdapter
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from build_scripts.recipe import EngineRecipe
 from orchestrator.command_line.deployment import DeploymentConfig
 from orchestrator.config import NodeConfig
+from router.clients import ClientsConfig
 from router.config import RouterConfig
 
 INTRODUCTION = """\
@@ -38,12 +39,19 @@ it equal to them. Unknown keys are refused with file, line and the nearest valid
 | `configs/deployments/*.yaml` | `proserve serve FILE` | [DeploymentConfig](#deploymentconfig) |
 | one node's YAML | `proserve node FILE` | [NodeConfig](#nodeconfig) |
 | one router's YAML | `proserve router FILE` | [RouterConfig](#routerconfig) |
+| `configs/clients/*.yaml` | `proserve keys list FILE` | [ClientsConfig](#clientsconfig) |
 | `configs/engines/*.yaml` | `proserve build FILE` | [EngineRecipe](#enginerecipe) |
 
 Sizes in bytes may be written with a unit, such as `512MiB`.
 """
 
-ROOTS: tuple[type[BaseModel], ...] = (DeploymentConfig, NodeConfig, RouterConfig, EngineRecipe)
+ROOTS: tuple[type[BaseModel], ...] = (
+    DeploymentConfig,
+    NodeConfig,
+    RouterConfig,
+    ClientsConfig,
+    EngineRecipe,
+)
 
 
 def render() -> str:
@@ -135,7 +143,7 @@ def _annotation_name(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return " or ".join(f"`{member.value}`" for member in annotation)
     names = {str: "text", int: "integer", float: "number", bool: "true or false"}
-    names |= {Path: "path", ByteSize: "size in bytes"}
+    names |= {Path: "path", ByteSize: "size in bytes", AwareDatetime: "time with zone"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 

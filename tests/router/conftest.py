@@ -103,13 +103,14 @@ def start_router(engine_dir: Path, tokenizer: Tokenizer) -> RouterFactory:
     @contextmanager
     def start(nodes: Sequence[tuple[str, str]], **settings: Any) -> Iterator[RunningRouter]:
         used_tokenizer = settings.pop("tokenizer", tokenizer)
+        clock = settings.pop("clock", None)
         config = RouterConfig(
             engine_dir=engine_dir,
             model="tiny",
             nodes=tuple(EndpointConfig(endpoint_id=i, url=url) for i, url in nodes),
             **{"snapshot_poll_interval_s": 0.02, **settings},
         )
-        app = create_app(config, tokenizer=used_tokenizer)
+        app = create_app(config, tokenizer=used_tokenizer, clock=clock)
         with (
             RunningServer(app) as server,
             httpx.Client(

@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -25,14 +25,17 @@ def bound_socket(port: int = 0) -> socket.socket:
     return bound
 
 
-def http_post(path: str, body: object) -> bytes:
+def http_post(path: str, body: object, *, headers: Mapping[str, str] | None = None) -> bytes:
     """Return a request as it goes over a connection."""
     content = json.dumps(body).encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(content)}\r\n\r\n"
-    )
-    return head.encode() + content
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "host: test",
+        "content-type: application/json",
+        f"content-length: {len(content)}",
+        *(f"{name}: {value}" for name, value in (headers or {}).items()),
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + content
 
 
 class _Server(uvicorn.Server):

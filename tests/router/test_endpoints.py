@@ -11,18 +11,11 @@ import pytest
 from router.config import EndpointConfig
 from router.endpoints import EndpointPool
 from router.node_client import NodeClient
+from tests.router.clocks import ManualClock
 from tests.router.fake_node import FakeNode
 from tests.router.servers import bound_socket
 
 MAX_AGE_S = 3.0
-
-
-class ManualClock:
-    def __init__(self) -> None:
-        self.time_s = 100.0
-
-    def now_s(self) -> float:
-        return self.time_s
 
 
 @asynccontextmanager
