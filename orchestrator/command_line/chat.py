@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -29,6 +29,8 @@ class ChatOptions:
     priority: str | None = None
     max_tokens: int = 512
     temperature: float | None = None
+    api_key: str | None = field(default=None, repr=False)
+    """None where everybody may use the service."""
 
 
 def chat(options: ChatOptions, console: Console) -> None:
@@ -38,7 +40,9 @@ def chat(options: ChatOptions, console: Console) -> None:
         ServiceRefused: the service cannot be reached or refuses a request.
     """
     messages: list[dict[str, str]] = []
-    with httpx.Client(base_url=options.url, timeout=httpx.Timeout(10.0, read=None)) as client:
+    headers = {"authorization": f"Bearer {options.api_key}"} if options.api_key else {}
+    timeout = httpx.Timeout(10.0, read=None)
+    with httpx.Client(base_url=options.url, headers=headers, timeout=timeout) as client:
         model = options.model or _first_model(client)
         console.print(f"[dim]{model} at {options.url}; an empty line ends the chat[/]")
         while question := _ask(console):

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from orchestrator.command_line.keys import app as keys_app
 from orchestrator.core.errors import ProServeError
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(keys_app, name="keys")
 console = Console()
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file.", metavar="FILE")]
@@ -148,12 +150,16 @@ def chat(
     priority: Annotated[str | None, typer.Option(help="Service class of each turn.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="PROSERVE_API_KEY", help="Your key, where the service has clients."),
+    ] = None,
 ) -> None:
     """Chat with a running service in the terminal; shows TTFT and tokens/s."""
     from orchestrator.command_line.chat import ChatOptions
     from orchestrator.command_line.chat import chat as talk
 
-    talk(ChatOptions(url, model, priority, max_tokens, temperature), console)
+    talk(ChatOptions(url, model, priority, max_tokens, temperature, api_key), console)
 
 
 def main() -> None:

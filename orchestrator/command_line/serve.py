@@ -21,6 +21,7 @@ from rich.console import Console
 from orchestrator.command_line.deployment import DeploymentConfig, local_url
 from orchestrator.command_line.processes import CUT_GRACE_S, DRAIN_GRACE_S
 from orchestrator.core.errors import ProServeError
+from router.config import RouterConfig
 
 HEALTH_POLL_S = 0.1
 """Pause between health checks while a service starts."""
@@ -73,7 +74,7 @@ async def serve(config: DeploymentConfig, *, start_timeout_s: float, console: Co
             ready.cancel()
             return 0
         ready.result()
-        greeting = _greeting(url, router_config.model, time.monotonic() - started_s)
+        greeting = _greeting(url, router_config, time.monotonic() - started_s)
         console.print(greeting, soft_wrap=True, highlight=False)
         ended = await _wait_for_end(services, router, stopping)
         if ended is not None:
@@ -219,14 +220,21 @@ async def _first_of(*futures: asyncio.Future[None]) -> None:
     await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
-def _greeting(url: str, model: str, seconds: float) -> str:
-    body = json.dumps(
-        {"model": model, "messages": [{"role": "user", "content": "Why is the sky blue?"}],
-         "max_tokens": 64, "stream": True, "priority": "high"}
-    )  # fmt: skip
+def _greeting(url: str, config: RouterConfig, seconds: float) -> str:
+    body = {
+        "model": config.model,
+        "messages": [{"role": "user", "content": "Why is the sky blue?"}],
+        "max_tokens": 64,
+        "stream": True,
+    }
+    key = ""
+    if config.clients_file is None:
+        body["priority"] = "high"
+    else:
+        key = ' -H "Authorization: Bearer $PROSERVE_API_KEY"'
     return (
-        f"\n[bold green]{model} is served at {url}/v1[/] (ready after {seconds:.1f} s)\n\n"
-        f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-        f"    -d '{body}'\n\n"
+        f"\n[bold green]{config.model} is served at {url}/v1[/] (ready after {seconds:.1f} s)\n\n"
+        f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n"
+        f"    -d '{json.dumps(body)}'\n\n"
         f"  proserve chat --url {url}\n\nCtrl-C stops it.\n"
     )
