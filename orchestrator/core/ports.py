@@ -40,6 +40,10 @@ class EngineCapabilities:
     num_layer_groups: int = 1
     """Onboarded blocks arrive in so many parts, each in time for the first layer that reads it."""
 
+    reserves_prompts: bool = False
+    """The engine takes the blocks of all tokens of a request with its first chunk, not only those
+    of the chunk."""
+
 
 @dataclass(slots=True)
 class ScheduledRequest:
