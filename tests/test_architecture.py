@@ -55,9 +55,12 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
 
 # Packages of others that only some of ours may import.
 CONFINED: Mapping[str, tuple[str, ...]] = {
-    "tensorrt_llm": ("engines.trtllm", "build_scripts"),
+    "tensorrt_llm": ("engines.trtllm", "engines.trtllm_pytorch", "build_scripts"),
     "torch": ("engines", "orchestrator.sampling", "build_scripts"),
 }
+
+# Whoever wants these imports them himself.
+EXPERIMENTAL = ("engines.trtllm_pytorch",)
 
 # The core decides; it neither looks at a clock nor waits, draws, reads or writes.
 IMPURE_MODULES = frozenset(
@@ -263,6 +266,17 @@ def test_core_engines_and_executor_import_with_torch_and_numpy_alone() -> None:
     }
 
     assert sorted(problems) == []
+
+
+def test_nothing_depends_on_what_is_experimental() -> None:
+    importers = [
+        name
+        for name, source in our_sources().items()
+        for imported in imports_in(source, name)
+        if is_under(imported.target, *EXPERIMENTAL)
+    ]
+
+    assert importers == []
 
 
 def test_modules_and_functions_stay_short() -> None:
