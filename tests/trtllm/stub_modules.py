@@ -229,6 +229,17 @@ class _Signatures:
                     _signature(stubs, name, choice, is_positional_only=is_positional_only)
                 )
 
+    def docstring(self, *, takes_self: bool) -> str:
+        """Return the signatures as bindings have them in their docstrings, one a line."""
+        short = self._name.rpartition(".")[2]
+        lines = []
+        for signature in self._overloads:
+            arguments = str(signature)[1:-1]
+            if takes_self:
+                arguments = f"self, {arguments}" if arguments else "self"
+            lines.append(f"{short}({arguments})")
+        return "\n".join(lines)
+
     def bind(self, args: Any, kwargs: Any) -> inspect.BoundArguments:
         """Return the arguments by name, as the first overload that takes them names them.
 
@@ -308,6 +319,7 @@ def _function(stubs: Stubs, name: str, signatures: _Signatures) -> Callable[...,
         return implementation(*args, **kwargs)
 
     call.__name__ = name.rpartition(".")[2]
+    call.__doc__ = signatures.docstring(takes_self=False)
     return call
 
 
@@ -324,6 +336,7 @@ def _method(stubs: Stubs, name: str, signatures: _Signatures) -> Callable[..., A
         raise StubError(f"{name} was called, but this test does not say what it does")
 
     call.__name__ = short
+    call.__doc__ = signatures.docstring(takes_self=True)
     return call
 
 
@@ -331,12 +344,12 @@ def _method(stubs: Stubs, name: str, signatures: _Signatures) -> Callable[..., A
 
 
 class StubAttribute:
-    """A recorded attribute of a stub class."""
+    """A recorded attribute of a stub class. `fset` is None if it is read-only, as a property's."""
 
     def __init__(self, owner: str, name: str, *, is_writable: bool) -> None:
         self._owner = owner
         self._name = name
-        self._is_writable = is_writable
+        self.fset = self.__set__ if is_writable else None
 
     def __get__(self, instance: Any, owner: type) -> Any:
         if instance is None:
@@ -348,7 +361,7 @@ class StubAttribute:
         raise StubError(f"{self._owner}.{self._name} was read, but this test gives it no value")
 
     def __set__(self, instance: Any, value: Any) -> None:
-        if not self._is_writable:
+        if self.fset is None:
             raise AttributeError(f"{self._owner}.{self._name} is read-only")
         if hasattr(instance.stub_implementation, self._name):
             setattr(instance.stub_implementation, self._name, value)
@@ -405,7 +418,9 @@ def _constructor(stubs: Stubs, name: str, entry: Entry) -> Callable[..., None]:
             raise TypeError(f"{name} is not recorded as something that Python can construct")
 
         return refuse
-    signatures = _Signatures(stubs, name, [entry["params"], *entry.get("overloads", [])])
+    signatures = _Signatures(
+        stubs, f"{name}.__init__", [entry["params"], *entry.get("overloads", [])]
+    )
 
     def construct(self: Any, /, *args: Any, **kwargs: Any) -> None:
         bound = stubs.accept(name, signatures, args, kwargs)
@@ -417,4 +432,5 @@ def _constructor(stubs: Stubs, name: str, entry: Entry) -> Callable[..., None]:
                 is_default = isinstance(value, _Default)
                 self.stub_values[key] = value.value() if is_default else value
 
+    construct.__doc__ = signatures.docstring(takes_self=True)
     return construct
