@@ -18,6 +18,8 @@ from tests.trtllm.memory import KVMemory, MemorySides, find_kv_memory, read_arra
 from tests.trtllm.rules import Rule, RuleBroken
 from tests.trtllm.step_checks import EngineStep, Ints, read_step
 
+_INT32_MAX = 2**31 - 1
+
 
 class Model(Protocol):
     """Computes the logits of a step."""
@@ -81,6 +83,8 @@ class LoadedEngine:
         if missing := self.io.inputs.keys() - shapes.keys():
             raise RuleBroken(Rule.STALE_SHAPE, f"no shape was set for {', '.join(sorted(missing))}")
         sizes = self.io.bind(shapes)
+        if (sizes["S"] - 1) * sizes["MB"] * 2 + sizes["MB"] > _INT32_MAX:
+            raise RuleBroken(Rule.TABLE_SIZE, f"{sizes['S']} tables of {sizes['MB']} blocks")
         arrays = self._read(addresses, shapes)
         memory = self._kv_memory(arrays["host_kv_cache_pool_pointers"])
         if "all_reduce_workspace" in arrays:

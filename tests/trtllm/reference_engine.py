@@ -154,6 +154,7 @@ def _config_json(spec: EngineSpec) -> dict[str, object]:
     num_kv_heads = spec.num_kv_heads_per_rank * spec.tp_size
     num_heads = model.get("num_attention_heads", num_kv_heads)
     kv_algorithm = {"fp8": "FP8", "int8": "INT8"}.get(spec.kv_cache_dtype)
+    is_fp8 = kv_algorithm == "FP8"
     return engine_config_json(
         model={
             "dtype": spec.dtype,
@@ -169,7 +170,11 @@ def _config_json(spec: EngineSpec) -> dict[str, object]:
             "rotary_scaling": None,
             "intermediate_size": model.get("intermediate_size", 4 * num_heads * spec.head_size),
             "mapping": {"world_size": spec.tp_size, "tp_size": spec.tp_size},
-            "quantization": {"kv_cache_quant_algo": kv_algorithm},
+            "quantization": {
+                # Attention over an FP8 KV cache needs FP8 weights.
+                "quant_algo": "FP8" if is_fp8 else None,
+                "kv_cache_quant_algo": kv_algorithm,
+            },
         },
         build={
             "max_seq_len": spec.max_seq_len,
@@ -180,6 +185,7 @@ def _config_json(spec: EngineSpec) -> dict[str, object]:
                 "gemm_plugin": spec.dtype,
                 "tokens_per_block": spec.tokens_per_block,
                 "use_paged_context_fmha": spec.use_paged_context_fmha,
+                "use_fp8_context_fmha": is_fp8,
             },
         },
     )

@@ -33,7 +33,7 @@ class Rule(StrEnum):
     TOKEN_IDS = "token ids lie in the vocabulary"
     POOL_POINTERS = "pool pointers are [address of KV memory, 0]"
     POOL_MAPPING = "the pool mapping is [0, layer] for every layer"
-    OFFSET_RANGE = "int32 can index the block tables and every block"
+    TABLE_SIZE = "int32 can index the block tables"
     NUM_BLOCKS = "a table has blocks for all tokens of its sequence"
     SECONDARY_POOL = "no offset has bit 31: blocks in use lie on the device"
     KEY_OFFSET = "a K offset is block * layers * 2"
