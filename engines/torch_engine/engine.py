@@ -19,10 +19,10 @@ from engines.kv_sizing import (
     num_blocks_in_free_memory,
 )
 from engines.manifest import read_manifest
-from engines.torch_engine.batch import build_batch, check_plan
+from engines.plan_checks import check_plan, check_transfers
+from engines.torch_engine.batch import build_batch
 from engines.torch_engine.config import LlamaConfig
 from engines.torch_engine.model import LlamaDecoder
-from engines.torch_engine.transfer_checks import check_transfers
 from engines.torch_engine.weights import fuse_weights, read_config, read_tensors
 from orchestrator.core.errors import EngineError, EngineStepError
 from orchestrator.core.ports import (
