@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from engines.kv_copies import CopyBlocks, copy_blocks
 from engines.trtllm.launch import RankPlace
 from engines.trtllm.rank_lines import LeaderLine
 from engines.trtllm.rank_messages import (
@@ -21,9 +22,17 @@ from orchestrator.core.errors import EngineError
 logger = logging.getLogger(__name__)
 
 
-def run_follower(place: RankPlace, load: Callable[[], LoadedRank]) -> int:
+def run_follower(
+    place: RankPlace,
+    load: Callable[[], LoadedRank],
+    *,
+    copy_blocks: CopyBlocks = copy_blocks,
+) -> int:
     """Follow rank 0 until it ends; return an exit status. Why this rank ends before that is told
-    to rank 0 and logged."""
+    to rank 0 and logged.
+
+    `copy_blocks` is for tests that delay or break copies.
+    """
     try:
         line = LeaderLine(place)
     except EngineError as error:
@@ -34,7 +43,7 @@ def run_follower(place: RankPlace, load: Callable[[], LoadedRank]) -> int:
         line.send(RankLoaded(loaded.count_device_blocks()))
         match line.receive():
             case TakePool(num_device_blocks):
-                worker = loaded.take_pool(num_device_blocks)
+                worker = loaded.take_pool(num_device_blocks, copy_blocks=copy_blocks)
                 line.send(RankReady())
                 _do_steps(worker, line)
                 worker.close()

@@ -107,9 +107,9 @@ def _load_session(path: Path) -> Session:
     # with an AttributeError; it asserts that there is memory for activations.
     except (AttributeError, AssertionError, OSError, RuntimeError, ValueError) as error:
         raise EngineDirectoryError(
-            f"{path}: TensorRT cannot load it: {str(error) or 'no memory'}; an engine runs only under "
-            "the release of TensorRT and on the kind of GPU that built it, and needs free device "
-            "memory for weights and activations; rebuild the directory with `proserve build`"
+            f"{path}: TensorRT cannot load it: {str(error) or 'no memory'}; an engine runs only "
+            "under the release of TensorRT and on the kind of GPU that built it, and needs free "
+            "device memory for weights and activations; rebuild the directory with `proserve build`"
         ) from error
     if session.context is None:
         raise EngineDirectoryError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from engines.engine_options import EngineOptions
 from engines.kv_copies import CopyBlocks, copy_blocks
+from engines.manifest import hash_files, read_manifest, write_manifest
 from engines.trtllm.engine import TrtLlmEngine
 from engines.trtllm.engine_config import TrtLlmEngineConfig
 from tests.trtllm.engine_spec import EngineSpec
@@ -66,3 +68,10 @@ def fake_engine(
     """Return an engine over a new directory; the stand-ins must be importable."""
     engine_dir = write_engine(directory, spec)
     return TrtLlmEngine(engine_dir, make_options(**options), copy_blocks=copy_blocks)
+
+
+def sign(engine_dir: Path) -> None:
+    """Write the checksums of what the directory holds now into its manifest."""
+    manifest = read_manifest(engine_dir, verify_files=False)
+    files = hash_files(engine_dir, manifest.files)
+    write_manifest(engine_dir, replace(manifest, files=files))

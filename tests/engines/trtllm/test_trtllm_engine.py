@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.manifest import hash_files, read_manifest, write_manifest
+from engines.manifest import read_manifest, write_manifest
 from engines.trtllm.engine import TrtLlmEngine
 from orchestrator.core.errors import (
     ConfigError,
@@ -25,7 +25,7 @@ from orchestrator.core.errors import (
 )
 from tests.engines.copies import slow_copies
 from tests.engines.step_driver import StepDriver, random_requests
-from tests.engines.trtllm.fake_engines import fake_engine, make_options, write_engine
+from tests.engines.trtllm.fake_engines import fake_engine, make_options, sign, write_engine
 from tests.factories import make_request
 from tests.trtllm.engine_spec import EngineSpec, engine_bytes
 from tests.trtllm.fake_model import FakeModel
@@ -224,13 +224,6 @@ def test_a_step_beyond_the_optimization_profile_fails_and_the_next_one_runs(
 
 
 # --- engines and options that are refused ---------------------------------------------------
-
-
-def sign(engine_dir: Path) -> None:
-    """Write the checksums of what the directory holds now into its manifest."""
-    manifest = read_manifest(engine_dir, verify_files=False)
-    files = hash_files(engine_dir, manifest.files)
-    write_manifest(engine_dir, replace(manifest, files=files))
 
 
 @pytest.mark.parametrize(
