@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum, auto
 
+from tests.trtllm.engine_spec import is_engine
 from tests.trtllm.execution import LoadedEngine
 
 
@@ -79,8 +80,10 @@ class Runtime:
         if not isinstance(logger, Logger):
             raise TypeError(f"logger is {type(logger).__name__}")
 
-    def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine:
-        """Return the engine in these bytes; ValueError if they are not one."""
+    def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
+        """Return the engine in these bytes; None if this release and machine cannot run them."""
+        if not is_engine(serialized_engine):
+            return None
         return ICudaEngine(LoadedEngine(serialized_engine))
 
 
