@@ -10,7 +10,7 @@ them), gptAttentionPlugin.cpp (how they are read).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,29 @@ class StepArrays:
     def by_name(self) -> dict[str, Int32s]:
         """Return the arrays by the engine's names."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def narrowed(self) -> NarrowArrays:
+        """Return the arrays without the columns of the block tables that no sequence uses."""
+        tables = self.kv_cache_block_offsets
+        num_columns = int(np.count_nonzero(tables[:, :, 1], axis=-1).max())  # no V has offset 0
+        arrays = replace(self, kv_cache_block_offsets=tables[..., :num_columns])
+        return NarrowArrays(arrays, max_blocks_per_seq=tables.shape[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class NarrowArrays:
+    """A step's arrays in the form in which they are sent to other processes: block tables as wide
+    as the longest sequence allows have megabytes, of which seldom a tenth is in use."""
+
+    arrays: StepArrays
+    max_blocks_per_seq: int
+
+    def widened(self) -> StepArrays:
+        """Return the arrays as the engine reads them."""
+        narrow = self.arrays.kv_cache_block_offsets
+        tables = np.zeros((*narrow.shape[:-1], self.max_blocks_per_seq), dtype=np.int32)
+        tables[..., : narrow.shape[-1]] = narrow
+        return replace(self.arrays, kv_cache_block_offsets=tables)
 
 
 @dataclass(frozen=True, slots=True)
