@@ -143,7 +143,8 @@ class ICudaEngine:
 
 
 class IExecutionContext:
-    """What one stream of runs needs; made by an engine."""
+    """What one stream of runs needs; made by an engine. It sees addresses: what lies there is
+    checked by `Session.run` alone."""
 
     __slots__ = ("_addresses", "_loaded", "_profile", "_shapes")
 
@@ -192,6 +193,6 @@ class IExecutionContext:
         return self._addresses.get(name, 0)
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        """Compute, and return when it is done: the order that a caller must allow for anyway."""
+        """Compute, and return when that is done, as early as a caller must be ready for."""
         self._loaded.run(self._addresses, self._shapes)
         return True
