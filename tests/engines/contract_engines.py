@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Literal
 
 import torch
 
+from engines.engine_options import EngineOptions
 from engines.host_link import HostLink
 from engines.kv_copies import CopyBlocks, copy_blocks
 from engines.simulated import SimulatedEngine
+from engines.trtllm.engine import TrtLlmEngine
 from orchestrator.core.latency import BatchLatencyModel
 from orchestrator.core.ports import Engine
-from tests.engines.tiny_llama import BLOCK_SIZE_TOKENS, tiny_config, tiny_engine
+from tests.engines.tiny_llama import (
+    BLOCK_SIZE_TOKENS,
+    make_manifest,
+    tiny_config,
+    tiny_engine,
+    tiny_tensors,
+)
 from tests.factories import make_capabilities, make_copy_profile, make_profile
+from tests.trtllm.reference_engine import llama_spec, write_engine
+from tests.trtllm.stand_in_path import stand_ins_importable
 
-EngineKind = Literal["simulated", "torch"]
+EngineKind = Literal["simulated", "torch", "trtllm"]
 
 BLOCK_BYTES = 2 * 2 * 2 * BLOCK_SIZE_TOKENS * 8 * 4
 """Of the tiny model: 2 layers, K and V, 2 heads, 8 numbers of 4 bytes."""
 
 
 class EngineMaker:
-    """Makes engines of one kind, and closes them when the test is over."""
+    """Makes engines of one kind."""
 
-    def __init__(self, kind: EngineKind) -> None:
-        self._kind = kind
+    def __init__(self, kind: EngineKind, folder: Path) -> None:
+        """Engine directories go into `folder`."""
+        self._kind, self._folder = kind, folder
+        self._num_written = 0
         self._open: list[Engine] = []
 
     def __call__(
@@ -60,6 +74,18 @@ class EngineMaker:
         while self._open:
             self._open.pop().close()
 
+    def _write_trtllm_dir(self, tensors: Mapping[str, torch.Tensor] | None) -> Path:
+        """Write a reference engine of the tiny model; its limits are the largest of any test."""
+        config = tiny_config()
+        spec = llama_spec(
+            config, tokens_per_block=BLOCK_SIZE_TOKENS, max_batch_size=16, max_num_tokens=256
+        )
+        self._num_written += 1
+        directory = self._folder / f"engine-{self._num_written}"
+        directory.mkdir()
+        write_engine(directory, [spec], make_manifest(), tensors or tiny_tensors(config))
+        return directory
+
     def _make(
         self,
         limits: Mapping[str, int],
@@ -82,3 +108,23 @@ class EngineMaker:
                     copy_blocks=copy_blocks,
                     **limits,
                 )
+            case "trtllm":
+                return TrtLlmEngine(
+                    self._write_trtllm_dir(tensors),
+                    EngineOptions(device="cpu", **limits),
+                    copy_blocks=copy_blocks,
+                )
+
+
+@contextlib.contextmanager
+def engine_maker(kind: EngineKind, folder: Path) -> Iterator[EngineMaker]:
+    """Make engines of one kind; close them when the block ends.
+
+    TensorRT-LLM's is over the reference Session.
+    """
+    maker = EngineMaker(kind, folder)
+    with stand_ins_importable() if kind == "trtllm" else contextlib.nullcontext():
+        try:
+            yield maker
+        finally:
+            maker.close_all()

@@ -161,6 +161,10 @@ def one_token_more(call: Call) -> None:
         call.inputs[name] = torch.cat([call.inputs[name], call.inputs[name][-1:]])
 
 
+def second_block_for_the_pool(call: Call) -> None:
+    call.inputs["host_kv_cache_pool_pointers"][0, 0] = call.pool[1].data_ptr()
+
+
 def freed_pool(call: Call) -> None:
     call.run()
     del call.pool
@@ -286,6 +290,7 @@ BAD_CALLS = [
     BadCall("a token behind the vocabulary", Rule.TOKEN_IDS, put("input_ids", 9, 512)),
     BadCall("a secondary pool", Rule.POOL_POINTERS, put("host_kv_cache_pool_pointers", (0, 1), 64)),
     BadCall("a null pool", Rule.POOL_POINTERS, put("host_kv_cache_pool_pointers", (0, 0), 0)),
+    BadCall("a pool from its second block", Rule.POOL_POINTERS, second_block_for_the_pool),
     BadCall("a freed pool", Rule.POOL_POINTERS, freed_pool),
     BadCall("a pool twice", Rule.POOL_POINTERS, second_pool),
     BadCall("another pool", Rule.POOL_MAPPING, put("host_kv_cache_pool_mapping", (1, 0), 1)),

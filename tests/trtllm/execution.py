@@ -33,10 +33,10 @@ class LoadedEngine:
     """An engine file, ready to run."""
 
     def __init__(self, content: bytes) -> None:
-        """Read an engine file.
+        """Read `engine_bytes`.
 
         Raises:
-            ValueError: it is not one of ours, or cannot be computed here.
+            ValueError: they are of an engine that cannot be computed here.
         """
         self.spec, tensors = parse_engine(content)
         self.io = engine_io(self.spec)

@@ -33,12 +33,6 @@ def tensor_at(address: int, dtype: str, shape: Sequence[int]) -> torch.Tensor:
     return buffer.view(*shape)
 
 
-def storage_bounds(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return the first address of the memory that a tensor is in, and the first behind it."""
-    storage = tensor.untyped_storage()
-    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-
-
 def _buffer(address: int, num_bytes: int) -> ctypes.Array[ctypes.c_char]:
     return (ctypes.c_char * num_bytes).from_address(address)
 
@@ -82,28 +76,28 @@ class KVMemory:
 
 
 def find_kv_memory(spec: EngineSpec, address: int) -> KVMemory:
-    """Return the KV pool at an address, as large as the memory behind it.
+    """Return the KV pool at an address, as large as the memory that begins there.
 
     TensorRT-LLM cannot know how large that is, and follows an offset wherever it leads. Here the
-    tensor is looked up among all that Python holds, so that a wrong one is told of.
+    memory is looked up among the tensors that Python holds, so that a wrong one is told of.
 
     Raises:
-        RuleBroken: no tensor holds this address.
+        RuleBroken: no tensor's memory begins there.
     """
     for candidate in gc.get_objects():
         # Not isinstance: it asks the object for its class, and some warn of that.
         if not issubclass(type(candidate), torch.Tensor) or not _has_memory(candidate):
             continue
-        start, end = storage_bounds(candidate)
-        if start <= address < end:
+        storage = candidate.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() == address:
             block_bytes = spec.num_layers * 2 * spec.bytes_per_block
             return KVMemory(
                 spec=spec,
                 address=address,
-                num_blocks=(end - address) // block_bytes,
-                storage=StorageWeakRef(candidate.untyped_storage()),
+                num_blocks=storage.nbytes() // block_bytes,
+                storage=StorageWeakRef(storage),
             )
-    raise RuleBroken(Rule.POOL_POINTERS, f"no tensor holds address {address:#x}")
+    raise RuleBroken(Rule.POOL_POINTERS, f"no tensor's memory begins at {address:#x}")
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:

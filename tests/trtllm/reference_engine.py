@@ -110,7 +110,7 @@ def write_llama_engine(
     engine_dir.mkdir(parents=True)
     for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE):
         shutil.copyfile(source_dir / name, engine_dir / name)
-    _write_engine(engine_dir, [spec], source, read_tensors(source_dir))
+    write_engine(engine_dir, [spec], source, read_tensors(source_dir))
     return engine_dir
 
 
@@ -122,16 +122,18 @@ def write_fake_engine(engine_dir: Path, spec: EngineSpec) -> Path:
     write_tiny_tokenizer(engine_dir)
     specs = [replace(spec, rank=rank) for rank in range(spec.tp_size)]
     manifest = make_manifest(vocab_size=spec.vocab_size, eos_token_ids=())
-    _write_engine(engine_dir, specs, manifest, tensors=None)
+    write_engine(engine_dir, specs, manifest)
     return engine_dir
 
 
-def _write_engine(
+def write_engine(
     engine_dir: Path,
     specs: Sequence[EngineSpec],
     manifest: EngineManifest,
-    tensors: Mapping[str, torch.Tensor] | None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
+    """Write the engine of every rank into a folder, TensorRT-LLM's configuration, and a manifest
+    that tells the engine's sizes and all files that are there, and is like `manifest` otherwise."""
     config = json.dumps(_config_json(specs[0]), indent=4)
     (engine_dir / "config.json").write_text(config, encoding="utf-8")
     for spec in specs:

@@ -6,8 +6,8 @@ from enum import StrEnum
 
 
 class Rule(StrEnum):
-    """One rule each. Those after `PLACEMENT` are about values, which the engine does not check:
-    breaking one gives wrong tokens, or a fault of the device, without a message."""
+    """One rule each. TensorRT-LLM checks a few of them; breaking another gives wrong tokens, or a
+    fault of the device, without a message."""
 
     STREAM = "the stream is a handle, an integer"
     UNKNOWN_TENSOR = "no tensor is bound that the engine does not have"

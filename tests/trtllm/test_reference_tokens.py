@@ -146,8 +146,12 @@ def test_a_fake_whose_rows_hold_no_hash_is_refused() -> None:
         FakeModel(fake_spec(head_size=1))
 
 
-def test_other_engine_files_are_refused() -> None:
+def test_other_engine_files_are_no_engine_as_in_tensorrt() -> None:
+    import tensorrt as trt
     from tensorrt_llm.runtime import Session
 
-    with pytest.raises(ValueError, match="not an engine of the stand-ins"):
-        Session.from_serialized_engine(b"ftrt" + bytes(100))
+    content = b"ftrt" + bytes(100)
+
+    assert trt.Runtime(trt.Logger()).deserialize_cuda_engine(content) is None
+    with pytest.raises(AttributeError, match="create_execution_context"):
+        Session.from_serialized_engine(content)

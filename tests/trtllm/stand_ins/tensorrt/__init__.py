@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum, auto
 
+from tests.trtllm.engine_spec import is_engine
 from tests.trtllm.execution import LoadedEngine
 
 
@@ -79,8 +80,10 @@ class Runtime:
         if not isinstance(logger, Logger):
             raise TypeError(f"logger is {type(logger).__name__}")
 
-    def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine:
-        """Return the engine in these bytes; ValueError if they are not one."""
+    def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
+        """Return the engine in these bytes; None if this release and machine cannot run them."""
+        if not is_engine(serialized_engine):
+            return None
         return ICudaEngine(LoadedEngine(serialized_engine))
 
 
@@ -140,7 +143,8 @@ class ICudaEngine:
 
 
 class IExecutionContext:
-    """What one stream of runs needs; made by an engine."""
+    """What one stream of runs needs; made by an engine. It sees addresses: what lies there is
+    checked by `Session.run` alone."""
 
     __slots__ = ("_addresses", "_loaded", "_profile", "_shapes")
 
@@ -189,6 +193,6 @@ class IExecutionContext:
         return self._addresses.get(name, 0)
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        """Compute, and return when it is done: the order that a caller must allow for anyway."""
+        """Compute, and return when that is done, as early as a caller must be ready for."""
         self._loaded.run(self._addresses, self._shapes)
         return True

@@ -34,8 +34,15 @@ class Session:
 
     @staticmethod
     def from_serialized_engine(engine: bytes) -> Session:
-        """Return a session over the content of an engine file."""
-        return _start(trt.Runtime(trt.Logger()).deserialize_cuda_engine(engine))
+        """Return a session over the content of an engine file.
+
+        Raises:
+            AttributeError: it holds something else; upstream stumbles over TensorRT's None.
+        """
+        loaded = trt.Runtime(trt.Logger()).deserialize_cuda_engine(engine)
+        if loaded is None:
+            raise AttributeError("None has no create_execution_context")
+        return _start(loaded)
 
     @staticmethod
     def from_engine(engine: trt.ICudaEngine) -> Session:
