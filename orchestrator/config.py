@@ -31,6 +31,14 @@ EndpointId = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?
 _STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+def _require_size_on_cpu(device: str, device_kv_bytes: int | None) -> None:
+    if device == "cpu" and device_kv_bytes is None:
+        raise ValueError(
+            "device_kv_bytes is not set; with device cpu it is required, because the KV cache "
+            "shares main memory with everything else: write one, such as 1GiB"
+        )
+
+
 class TorchEngineConfig(BaseModel):
     """The embedded PyTorch engine."""
 
@@ -66,11 +74,41 @@ class TorchEngineConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_memory(self) -> Self:
-        if self.device_kv_bytes is None and self.device == "cpu":
-            raise ValueError(
-                "device_kv_bytes is not set; with device cpu it is required, because the KV cache "
-                "shares main memory with everything else: write one, such as 1GiB"
-            )
+        _require_size_on_cpu(self.device, self.device_kv_bytes)
+        return self
+
+
+class TrtLlmEngineSection(BaseModel):
+    """A prebuilt TensorRT-LLM engine, each step of which our scheduler decides."""
+
+    model_config = _STRICT
+
+    kind: Literal["trtllm"]
+    """Which engine runs the model."""
+
+    directory: Path
+    """Engine directory made by `proserve build`; relative to the current directory."""
+
+    device: Literal["cpu", "cuda"] = "cuda"
+    """Where the model runs; `cpu` only with a stand-in of TensorRT-LLM, for tests."""
+
+    device_kv_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
+    """Memory of the paged KV cache on each GPU, such as `40GiB`; by default
+    `device_memory_fraction` of what is free there. With `device: cpu` it is required."""
+
+    device_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of the device memory that is free after loading the engine, for the KV cache; not read
+    where `device_kv_bytes` is set. The rest is a reserve: the engine's own memory is taken by
+    then."""
+
+    host_kv_bytes: Annotated[ByteSize, Field(ge=0)] = ByteSize(0)
+    """Pinned main memory, for each GPU, for KV blocks that had to leave the device, such as
+    `64GiB`; at least twice the device's is recommended. 0 keeps none: what leaves the device is
+    computed again."""
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> Self:
+        _require_size_on_cpu(self.device, self.device_kv_bytes)
         return self
 
 
@@ -128,11 +166,12 @@ def _engine_kind(section: object) -> object:
 
 EngineConfig = Annotated[
     Annotated[TorchEngineConfig, Tag("torch")]
+    | Annotated[TrtLlmEngineSection, Tag("trtllm")]
     | Annotated[TrtLlmExecutorConfig, Tag("trtllm-executor")],
     Discriminator(
         _engine_kind,
         custom_error_type="unknown_engine_kind",
-        custom_error_message="kind must be torch or trtllm-executor",
+        custom_error_message="kind must be torch, trtllm or trtllm-executor",
     ),
 ]
 

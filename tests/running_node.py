@@ -16,7 +16,7 @@ from orchestrator.core.request import SamplingParams
 from orchestrator.node_api import NodeService, create_node_app
 from orchestrator.wire import GenerateRequest, NodeSnapshot, TokenEvent
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 """Upper bound of every wait; reached only if something hangs."""
 
 

@@ -20,14 +20,13 @@ from engines.trtllm.engine_config import TrtLlmEngineConfig, check_limits, read_
 from engines.trtllm.engine_rules import SUPPORTED_VERSION
 from engines.trtllm.executor_requests import event_of, make_request
 from engines.trtllm.installation import check_installation
+from engines.trtllm.rank_worker import kv_block_bytes
 from orchestrator.core.errors import EngineError, RequestRejected
 from orchestrator.core.ports import EngineCapabilities, EngineIteration, RequestEvent
 from orchestrator.core.request import RequestSpec, SamplingParams
 from orchestrator.core.slo import Slo
 
 CapacityPolicy = Literal["max-utilization", "guaranteed-no-evict"]
-
-_KV_ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1, "int8": 1}
 
 _POLL_S = 0.01
 """Pause between two looks at what the executor has to say while it starts."""
@@ -57,13 +56,6 @@ class TrtLlmExecutorOptions:
 
     start_timeout_s: float = 300.0
     """The first request must have ended after this time."""
-
-
-def trtllm_kv_block_bytes(config: TrtLlmEngineConfig) -> int:
-    """Return the size of one KV block, all layers of one GPU's share."""
-    heads_bytes = config.num_kv_heads_per_rank() * config.head_size
-    heads_bytes *= _KV_ELEMENT_BYTES[config.kv_cache_dtype]
-    return config.num_layers * 2 * config.tokens_per_block * heads_bytes
 
 
 class TrtLlmExecutorEngine:
@@ -199,7 +191,7 @@ def _executor_config(
         scheduler_config=bindings.SchedulerConfig(capacity_scheduler_policy=policy),
         kv_cache_config=bindings.KvCacheConfig(
             enable_block_reuse=options.block_reuse,
-            host_cache_size=options.num_host_blocks * trtllm_kv_block_bytes(config),
+            host_cache_size=options.num_host_blocks * kv_block_bytes(config),
             **memory,
         ),
         enable_chunked_context=True,

@@ -300,6 +300,7 @@ class Engine(Protocol):
             EngineStepError: the step failed; the engine can go on without the named requests.
                 What became of its copies is told with the next step that does not fail; none
                 of its onboards is on its way any more.
+            EngineLost: no step can run any more; what follows is `close`.
         """
         ...
 
