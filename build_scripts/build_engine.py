@@ -103,9 +103,10 @@ def _build(
 ) -> None:
     # They need torch, which takes seconds to import: too long for a build that does nothing.
     from build_scripts.gguf_checkpoint import GgufCheckpoint
-    from build_scripts.profile_copies import describe_copies, measure_copy_profile
-    from build_scripts.profile_engine import describe
+    from build_scripts.profile_copies import describe_copies
+    from build_scripts.profile_engine import describe, measure_torch_copies
     from build_scripts.tokenizer_files import write_tokenizer_files
+    from engines.torch_engine.engine import DTYPES
 
     checkpoint = GgufCheckpoint(source)
     config, vocabulary = checkpoint.config(), checkpoint.vocabulary()
@@ -134,7 +135,7 @@ def _build(
     _write_weights(checkpoint, staging, progress)
     measured = _profile(recipe, staging, progress)
     layout = config.kv_layout(recipe.block_size_tokens)
-    copy_profile = measure_copy_profile(layout, recipe.profile)
+    copy_profile = measure_torch_copies(layout, recipe.profile)
     write_manifest(
         staging,
         EngineManifest(
@@ -153,7 +154,8 @@ def _build(
             profile_conditions=measured.conditions,
         ),
     )
-    for line in (describe(measured), describe_copies(copy_profile, layout, recipe.profile)):
+    copies = describe_copies(copy_profile, layout, DTYPES[recipe.profile.dtype])
+    for line in (describe(measured), copies):
         progress.console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -190,6 +192,8 @@ def _profile(recipe: EngineRecipe, staging: Path, progress: WorkProgress) -> Mea
         return profile_engine(
             engine,
             recipe.profile,
+            device=recipe.profile.device,
+            dtype=recipe.profile.dtype,
             vocab_size=config.vocab_size,
             on_progress=progress.part("Profiling", 1.0),
         )

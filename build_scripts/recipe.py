@@ -32,26 +32,13 @@ class CheckpointSource(BaseModel):
     """Path of the GGUF file inside that folder."""
 
 
-class ProfileSettings(BaseModel):
+class StepGrid(BaseModel):
     """Which steps are measured for the latency profile, and for how long.
 
-    The defaults suit two CPU cores. Combinations that do not fit into the KV blocks or the
-    model's length are left out.
+    Combinations that do not fit into the KV blocks or the engine's limits are left out.
     """
 
     model_config = _STRICT
-
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where to measure."""
-
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision to measure in."""
-
-    num_threads: PositiveInt | None = None
-    """CPU threads; by default as many as PyTorch finds cores."""
-
-    num_device_blocks: PositiveInt = 1024
-    """KV blocks of the measured engine."""
 
     prefill_new_tokens: tuple[PositiveInt, ...] = (16, 64, 128, 256, 512)
     """Sizes of prefill pieces."""
@@ -77,6 +64,28 @@ class ProfileSettings(BaseModel):
 
     max_mean_error: PositiveFloat = 1.0
     """Mean absolute percentage error, as a fraction, over which the fit is refused."""
+
+
+class TorchMeasurement(BaseModel):
+    """How the torch engine is run while it is measured."""
+
+    model_config = _STRICT
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to measure."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision to measure in."""
+
+    num_threads: PositiveInt | None = None
+    """CPU threads; by default as many as PyTorch finds cores."""
+
+    num_device_blocks: PositiveInt = 1024
+    """KV blocks of the measured engine."""
+
+
+class ProfileSettings(StepGrid, TorchMeasurement):
+    """How the torch engine is profiled. The defaults suit two CPU cores."""
 
 
 class EngineRecipe(BaseModel):
