@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
 
 from orchestrator.core.scheduler_factory import SchedulerName, SchedulerOptions, options_type
 from orchestrator.scheduler_config import (
@@ -65,6 +74,69 @@ class TorchEngineConfig(BaseModel):
         return self
 
 
+class TrtLlmExecutorConfig(BaseModel):
+    """A prebuilt TensorRT-LLM engine under TensorRT-LLM's own scheduler, to compare ours with."""
+
+    model_config = _STRICT
+
+    kind: Literal["trtllm-executor"]
+    """Which engine runs the model."""
+
+    directory: Path
+    """Engine directory made by `proserve build`; relative to the current directory."""
+
+    device: Literal["cpu", "cuda"] = "cuda"
+    """Where the model runs; `cpu` only with a stand-in of TensorRT-LLM, for tests."""
+
+    device_kv_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
+    """Memory of the KV cache on each GPU, such as `40GiB`; by default `device_memory_fraction` of
+    what is free there."""
+
+    device_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of the device memory that is free after loading the engine, for the KV cache; not read
+    where `device_kv_bytes` is set."""
+
+    host_kv_bytes: Annotated[ByteSize, Field(ge=0)] = ByteSize(0)
+    """Pinned main memory, for each GPU, for KV blocks that no request on the device uses; the
+    executor moves them by itself. Needs `block_reuse`."""
+
+    capacity_policy: Literal["max-utilization", "guaranteed-no-evict"] = "max-utilization"
+    """Whether requests are started as long as there are KV blocks, and paused when they run short,
+    or only when they are sure to finish."""
+
+    block_reuse: bool = True
+    """Requests of the same client share the KV of equal beginnings, and what a paused request
+    leaves behind can be found again."""
+
+    @model_validator(mode="after")
+    def _check_host(self) -> Self:
+        if self.host_kv_bytes and not self.block_reuse:
+            raise ValueError(
+                f"host_kv_bytes is {self.host_kv_bytes:,}, but block_reuse is false: the executor "
+                "keeps on the host only what can be used again; set block_reuse, or leave "
+                "host_kv_bytes out"
+            )
+        return self
+
+
+def _engine_kind(section: object) -> object:
+    """Return the kind of an engine section, as read or as a model."""
+    if isinstance(section, dict):
+        return section.get("kind", "torch")
+    return getattr(section, "kind", None)
+
+
+EngineConfig = Annotated[
+    Annotated[TorchEngineConfig, Tag("torch")]
+    | Annotated[TrtLlmExecutorConfig, Tag("trtllm-executor")],
+    Discriminator(
+        _engine_kind,
+        custom_error_type="unknown_engine_kind",
+        custom_error_message="kind must be torch or trtllm-executor",
+    ),
+]
+
+
 class NodeConfig(BaseModel):
     """One node: an engine behind an executor loop and an HTTP service."""
 
@@ -79,7 +151,7 @@ class NodeConfig(BaseModel):
     port: Port
     """Port the HTTP service listens on."""
 
-    engine: TorchEngineConfig
+    engine: EngineConfig
     """The engine and its resources."""
 
     scheduler: SchedulerName = "slide-batching"
@@ -128,4 +200,15 @@ class NodeConfig(BaseModel):
                 expected is None or type(section).__mro__[1] is not expected
             ):
                 raise ValueError(f"{name} is set, but scheduler {self.scheduler} does not read it")
+        return self
+
+    @model_validator(mode="after")
+    def _check_who_schedules(self) -> Self:
+        if self.engine.kind == "trtllm-executor":
+            for name in ("scheduler", "slide_batching", "kv_cache", "latency_correction"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"{name} is set, but engine kind {self.engine.kind} schedules by itself; "
+                        "leave it out"
+                    )
         return self

@@ -6,7 +6,8 @@ ProServeError
 |-- NodeUnavailable           no node can take the request now                  -> HTTP 503
 |-- EngineError
 |   |-- EngineDirectoryError  an engine directory is missing, damaged or foreign
-|   `-- EngineStepError       a step failed; names the requests it ends         -> HTTP 500
+|   |-- EngineStepError       a step failed; names the requests it ends         -> HTTP 500
+|   `-- EngineLost            an engine can run no more steps
 `-- KVIntegrityError          block accounting is wrong: a bug of ours
 """
 
@@ -53,6 +54,10 @@ class EngineStepError(EngineError):
     def __init__(self, message: str, *, request_ids: Sequence[str]) -> None:
         super().__init__(message)
         self.request_ids = tuple(request_ids)
+
+
+class EngineLost(EngineError):
+    """An engine can run no more steps; only a new process can."""
 
 
 class KVIntegrityError(ProServeError):
