@@ -64,11 +64,13 @@ class TrtLlmEngine:
         options: EngineOptions,
         place: RankPlace = ALONE,
         *,
+        has_manifest: bool = True,
         copy_blocks: CopyBlocks = copy_blocks,
     ) -> None:
         """Verify and load an engine directory; with several ranks, return once all are ready.
 
-        `copy_blocks` is for tests that delay or break copies.
+        A build measures an engine before there is a manifest to verify it against: then
+        `has_manifest` is False. `copy_blocks` is for tests that delay or break copies.
 
         Raises:
             EngineDirectoryError: the directory is missing, damaged, or not one that is served.
@@ -79,7 +81,9 @@ class TrtLlmEngine:
             # Others call first and load then, at the same time as this rank.
             self._lines = FollowerLines(place)
             undo.callback(self._lines.close)
-            config = _verified_config(engine_dir)
+            config = read_engine_config(engine_dir)
+            if has_manifest:
+                _check_manifest(engine_dir, config)
             self._worker, num_device_blocks = self._load(
                 load_rank(engine_dir, options, place), options, kv_block_bytes(config), copy_blocks
             )
@@ -151,13 +155,10 @@ class TrtLlmEngine:
         return StepLogits(packed.sequences, self._enqueue(packed.arrays))
 
 
-def _verified_config(engine_dir: Path) -> TrtLlmEngineConfig:
-    """Return what an engine directory says of itself, its files being what the build wrote.
-
-    Raises:
-        EngineDirectoryError: the directory is missing, damaged, or not one that is served.
-    """
-    config, manifest = read_engine_config(engine_dir), read_manifest(engine_dir)
+def _check_manifest(engine_dir: Path, config: TrtLlmEngineConfig) -> None:
+    """Raise EngineDirectoryError unless an engine directory's files are those that the build
+    wrote, and its manifest is the engine's."""
+    manifest = read_manifest(engine_dir)
     for name, found, built in (
         ("block_size_tokens", manifest.block_size_tokens, config.tokens_per_block),
         ("vocab_size", manifest.vocab_size, config.vocab_size),
@@ -167,4 +168,3 @@ def _verified_config(engine_dir: Path) -> TrtLlmEngineConfig:
                 f"{engine_dir}: the manifest says {name} {found:,}, the engine was built with "
                 f"{built:,}; rebuild the directory with `proserve build`"
             )
-    return config

@@ -38,9 +38,14 @@ def kv_layout(config: TrtLlmEngineConfig) -> KVLayout:
     )
 
 
+def kv_dtype(config: TrtLlmEngineConfig) -> torch.dtype:
+    """Return the element of the KV pool."""
+    return _KV_DTYPES[config.kv_cache_dtype]
+
+
 def kv_block_bytes(config: TrtLlmEngineConfig) -> int:
     """Return the size of one rank's part of a KV block."""
-    return kv_layout(config).block_bytes(_KV_DTYPES[config.kv_cache_dtype])
+    return kv_layout(config).block_bytes(kv_dtype(config))
 
 
 class LoadedRank:
@@ -103,7 +108,7 @@ class LoadedRank:
                 kv_layout(self._config),
                 num_device_blocks,
                 num_host_blocks=self._options.num_host_blocks,
-                dtype=_KV_DTYPES[self._config.kv_cache_dtype],
+                dtype=kv_dtype(self._config),
                 device=self._device,
             )
         self._driver.attach(pool)

@@ -313,6 +313,15 @@ def test_a_manifest_of_another_engine_is_refused(
         TrtLlmEngine(engine_dir, make_options())
 
 
+def test_an_engine_that_is_being_built_runs_without_a_manifest(tmp_path: Path) -> None:
+    engine_dir = write_engine(tmp_path)
+    (engine_dir / "manifest.json").unlink()
+
+    TrtLlmEngine(engine_dir, make_options(), has_manifest=False).close()
+    with pytest.raises(EngineDirectoryError, match=r"manifest\.json: is missing"):
+        TrtLlmEngine(engine_dir, make_options())
+
+
 @pytest.mark.parametrize(
     ("where", "name", "value", "words"),
     [
