@@ -26,15 +26,9 @@ from build_scripts.packaged_file import find_checkpoint
 from build_scripts.progress import WorkProgress, work_progress
 from build_scripts.recipe import EngineRecipe
 from build_scripts.staging import exclusive, staged
-from engines.manifest import (
-    MANIFEST_FILE,
-    EngineManifest,
-    FileEntry,
-    hash_files,
-    read_manifest,
-    write_manifest,
-)
-from orchestrator.core.errors import ConfigError, EngineDirectoryError, ProServeError
+from build_scripts.target import check_replaceable, reason_to_build
+from engines.manifest import EngineManifest, FileEntry, hash_files, write_manifest
+from orchestrator.core.errors import ConfigError, ProServeError
 from orchestrator.yaml_config import load_yaml_model
 
 if TYPE_CHECKING:
@@ -62,40 +56,16 @@ def build_engine(recipe_path: Path, output_dir: Path | None = None, *, force: bo
     source = find_checkpoint(recipe.source)
     build_hash = recipe.build_hash(FileEntry.of(source).sha256)
     with exclusive(target):
-        reason = "forced" if force else _reason_to_build(target, build_hash)
+        reason = "forced" if force else reason_to_build(target, build_hash)
         if reason is None:
             console.print(f"{target} is up to date", highlight=False, soft_wrap=True)
             return target
-        _check_replaceable(target)
+        check_replaceable(target, _CONTENT_FILES.__contains__)
         console.print(f"Building {target} ({reason})", highlight=False, soft_wrap=True)
         with staged(target) as staging, work_progress(console) as progress:
             _build(recipe, source, staging, build_hash, progress)
     console.print(f"{target} is ready", highlight=False, soft_wrap=True)
     return target
-
-
-def _reason_to_build(target: Path, build_hash: str) -> str | None:
-    """Return why the directory has to be built; None if it is up to date."""
-    if not target.exists():
-        return "it does not exist"
-    try:
-        manifest = read_manifest(target)
-    except EngineDirectoryError as error:
-        return f"damaged: {error}"
-    return None if manifest.build_hash == build_hash else "its recipe or source has changed"
-
-
-def _check_replaceable(target: Path) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise EngineDirectoryError(f"{target} is a file; choose another output directory")
-    foreign = sorted({p.name for p in target.iterdir()} - {*_CONTENT_FILES, MANIFEST_FILE})
-    if foreign:
-        raise EngineDirectoryError(
-            f"{target} holds {foreign[0]}, which no build wrote; remove it or choose another "
-            "output directory"
-        )
 
 
 def _build(
