@@ -41,15 +41,25 @@ def check_installed() -> None:
         )
     if shutil.which(compiler()) is None:
         raise BuildError(
-            f"{_COMPILER} is neither on PATH nor beside {sys.executable}; it comes with the "
+            f"{_COMPILER} is neither beside {sys.executable} nor on PATH; it comes with the "
             f"package: `{_INSTALL}`"
         )
 
 
 def compiler() -> str:
-    """Return `trtllm-build` on PATH or beside this Python; its bare name if it is nowhere."""
+    """Return `trtllm-build` beside this Python or on PATH; its bare name if it is nowhere."""
     beside = str(Path(sys.executable).with_name(_COMPILER))
-    return shutil.which(_COMPILER) or shutil.which(beside) or _COMPILER
+    return shutil.which(beside) or shutil.which(_COMPILER) or _COMPILER
+
+
+def check_launcher(recipe: TrtLlmRecipe) -> None:
+    """Raise BuildError if the engine has several ranks and nothing here can start them."""
+    num_ranks = recipe.checkpoint.tp_size
+    if num_ranks > 1 and shutil.which("mpirun") is None:
+        raise BuildError(
+            f"mpirun is not on PATH; an engine of {num_ranks} ranks (checkpoint.tp_size) is "
+            "measured and served by as many processes that it starts; install Open MPI"
+        )
 
 
 def repository_dir(recipe: TrtLlmRecipe) -> Path:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,8 @@ from build_scripts.profile_engine import MeasuredProfile, main, profile_engine
 from build_scripts.recipe import ProfileSettings
 from engines.manifest import read_manifest
 from orchestrator.core.errors import EngineError
-from orchestrator.core.latency import BatchLatencyModel, BatchShape, LatencyProfile
-from orchestrator.core.ports import Engine, EngineCapabilities, SchedulerOutput, StepOutput
+from orchestrator.core.ports import Engine, SchedulerOutput, StepOutput
+from tests.build_scripts.clockwork_engine import PROFILE, ClockworkEngine
 from tests.engines.tiny_llama import tiny_config, tiny_engine, write_tiny_engine_dir
 from tests.factories import make_capabilities
 
@@ -25,18 +25,6 @@ SETTINGS = ProfileSettings(
     num_repeats=2,
 )
 
-PROFILE = LatencyProfile(
-    prefill_quadratic_s=1e-6,
-    prefill_context_s=1e-6,
-    prefill_token_s=1e-3,
-    prefill_cached_s=1e-5,
-    decode_context_s=1e-5,
-    decode_token_s=2e-3,
-    mixed_step_s=0.03,
-    decode_step_s=0.02,
-)
-
-
 # Wide enough that a prompt's tokens cost more than the noise of a shared machine.
 WIDE = tiny_config(
     hidden_size=256,
@@ -45,28 +33,6 @@ WIDE = tiny_config(
     num_key_value_heads=4,
     head_dim=32,
 )
-
-
-@dataclass
-class ClockworkEngine:
-    """Takes exactly as long as its profile says, and keeps what it was given."""
-
-    capabilities: EngineCapabilities = field(default_factory=make_capabilities)
-    profile: LatencyProfile = PROFILE
-    plans: list[SchedulerOutput] = field(default_factory=list)
-
-    def step(self, plan: SchedulerOutput) -> StepOutput:
-        self.plans.append(plan)
-        shape = BatchShape()
-        for part in plan.scheduled:
-            if part.request.is_decoding:
-                shape += BatchShape.of_decode(part.num_computed_tokens)
-            else:
-                shape += BatchShape.of_prefill(part.num_new_tokens, part.num_computed_tokens)
-        step_s = BatchLatencyModel(self.profile).predict_s(shape)
-        return StepOutput(step_id=plan.step_id, new_token_ids={}, step_s=step_s)
-
-    def close(self) -> None: ...
 
 
 def measure(

@@ -165,6 +165,8 @@ def _write_programs(folder: Path) -> None:
             f'exec {fake} {PROFILE} "$@"; fi\n'
             f'exec {sys.executable} "$@"\n'
         ),
+        # Starts the first rank alone: `mpirun -n RANKS --bind-to none COMMAND`.
+        "mpirun": 'shift 4; exec "$@"\n',
     }
     for name, text in programs.items():
         (folder / name).write_text(f"#!/bin/sh\n{text}")
