@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from build_scripts.hardware import hardware_name
 from build_scripts.latency_fit import (
     StepSample,
     fit_latency_profile,
@@ -37,11 +37,14 @@ from build_scripts.profile_plans import (
     prefill_grid,
 )
 from build_scripts.progress import work_progress
-from build_scripts.recipe import ProfileSettings
+from build_scripts.recipe import ProfileSettings, StepGrid
+from engines.kv_pool import KVLayout
 from engines.manifest import ProfileConditions, read_manifest, write_manifest
 from engines.torch_engine import TorchEngine, TorchEngineOptions
+from engines.torch_engine.engine import DTYPES, NUM_LAYER_GROUPS
 from engines.torch_engine.weights import read_config
 from orchestrator.core.errors import EngineError, ProServeError
+from orchestrator.core.kv_transfer import CopyProfile
 from orchestrator.core.latency import BatchShape, LatencyProfile
 from orchestrator.core.ports import Engine
 
@@ -70,64 +73,62 @@ def engine_options(settings: ProfileSettings, *, max_model_len: int) -> TorchEng
 
 def profile_engine(
     engine: Engine,
-    settings: ProfileSettings,
+    grid: StepGrid,
     *,
+    device: str,
+    dtype: str,
     vocab_size: int,
     on_progress: Callable[[float], None] = lambda _: None,
 ) -> MeasuredProfile:
     """Return the latency profile of an idle engine.
 
-    `on_progress` is called with the share that is done, from 0 to 1.
+    `device` and `dtype` are where and in which precision it runs, for the record. `on_progress`
+    is called with the share that is done, from 0 to 1.
 
     Raises:
         EngineError: the measurements do not behave like a model's steps, or the fit is off by
-            more than `settings.max_mean_error`, also after all steps were measured some more.
+            more than `grid.max_mean_error`, also after all steps were measured some more.
     """
     limits = engine.capabilities
-    runnable = (pieces for pieces in mixed_steps(settings) if fits(pieces, limits))
-    mixed = list(itertools.islice(runnable, settings.num_mixed_steps))
-    grids = [p for p in prefill_grid(settings) + decode_grid(settings) if fits(p, limits)]
-    measurement = _Measurement(engine, grids + mixed, settings, vocab_size=vocab_size)
+    runnable = (pieces for pieces in mixed_steps(grid) if fits(pieces, limits))
+    mixed = list(itertools.islice(runnable, grid.num_mixed_steps))
+    grids = [p for p in prefill_grid(grid) + decode_grid(grid) if fits(p, limits)]
+    measurement = _Measurement(engine, grids + mixed, grid, vocab_size=vocab_size)
     measurement.run(on_progress)
-    for _ in range(_MAX_NUM_RUNS - 1):
-        try:
-            return _fit(measurement.samples(), settings, first_mixed=len(grids))
-        except EngineError:
-            measurement.run()
-    return _fit(measurement.samples(), settings, first_mixed=len(grids))
+    fit = _fit_until_sound(measurement, grid, first_mixed=len(grids))
+    return MeasuredProfile(
+        fit.profile,
+        ProfileConditions(
+            device=device,
+            dtype=dtype,
+            num_threads=torch.get_num_threads(),
+            hardware=hardware_name(device),
+            torch_version=torch.__version__,
+            num_samples=fit.num_samples,
+            mean_absolute_percentage_error=fit.error,
+            held_out_percentage_error=fit.held_out_error,
+        ),
+    )
+
+
+def measure_torch_copies(layout: KVLayout, settings: ProfileSettings) -> CopyProfile:
+    """Return how long copies of the torch engine's KV blocks take.
+
+    Raises:
+        EngineError: as `measure_copy_profile`.
+    """
+    return measure_copy_profile(
+        layout,
+        DTYPES[settings.dtype],
+        settings.device,
+        num_layer_groups=NUM_LAYER_GROUPS,
+        max_s=settings.max_s,
+    )
 
 
 _MAX_NUM_RUNS = 4
 """So often all steps are measured before their fit is refused. The shortest durations count, so
 other work on the machine spoils a fit only if it spoils the same step in every run."""
-
-
-def _fit(
-    samples: Sequence[StepSample], settings: ProfileSettings, *, first_mixed: int
-) -> MeasuredProfile:
-    fitted = [*samples[:first_mixed], *samples[first_mixed::2]]
-    held_out = samples[first_mixed + 1 :: 2] or fitted
-    profile = fit_latency_profile(fitted)
-    error = mean_absolute_percentage_error(profile, fitted)
-    if error > settings.max_mean_error:
-        raise EngineError(
-            f"the latency fit is off by {error:.0%} on average, the limit is "
-            f"{settings.max_mean_error:.0%}; is something else using the machine? profile again"
-        )
-    is_cuda = settings.device == "cuda"
-    return MeasuredProfile(
-        profile,
-        ProfileConditions(
-            device=settings.device,
-            dtype=settings.dtype,
-            num_threads=torch.get_num_threads(),
-            hardware=torch.cuda.get_device_name() if is_cuda else _processor_name(),
-            torch_version=torch.__version__,
-            num_samples=len(fitted),
-            mean_absolute_percentage_error=error,
-            held_out_percentage_error=mean_absolute_percentage_error(profile, held_out),
-        ),
-    )
 
 
 class _Measurement:
@@ -137,11 +138,11 @@ class _Measurement:
         self,
         engine: Engine,
         steps: Sequence[Sequence[Piece]],
-        settings: ProfileSettings,
+        grid: StepGrid,
         *,
         vocab_size: int,
     ) -> None:
-        self._engine, self._steps, self._settings = engine, steps, settings
+        self._engine, self._steps, self._grid = engine, steps, grid
         self._plans = PlanMaker(engine.capabilities, vocab_size=vocab_size)
         self._shortest_s = [math.inf for _ in steps]
 
@@ -158,33 +159,56 @@ class _Measurement:
         Repetitions go round all steps, so that a burst of other work on the machine spoils one
         repetition of several steps and not all of one step.
         """
-        engine, steps, settings = self._engine, self._steps, self._settings
+        engine, steps, grid = self._engine, self._steps, self._grid
         # First runs are slower: memory is touched, kernels are chosen.
         for pieces in (max(steps, key=lambda p: p[0].num_new_tokens), max(steps, key=len)):
             engine.step(self._plans.plan(pieces))
         started_s = time.perf_counter()
-        for repeat in range(settings.num_repeats):
+        for repeat in range(grid.num_repeats):
             for index, pieces in enumerate(steps):
                 spent_s = time.perf_counter() - started_s
-                if repeat > 0 and spent_s > settings.max_s:
+                if repeat > 0 and spent_s > grid.max_s:
                     break
                 step_s = engine.step(self._plans.plan(pieces)).step_s
                 self._shortest_s[index] = min(self._shortest_s[index], step_s)
-                share = (repeat + (index + 1) / len(steps)) / settings.num_repeats
-                on_progress(max(share, min(spent_s / settings.max_s, 1.0)) if repeat else share)
+                share = (repeat + (index + 1) / len(steps)) / grid.num_repeats
+                on_progress(max(share, min(spent_s / grid.max_s, 1.0)) if repeat else share)
         on_progress(1.0)
         engine.step(self._plans.plan(()))  # so that the engine forgets the last requests
 
 
-def _processor_name() -> str:
-    """Return the processor's marketing name where Linux tells it, else its architecture."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.machine()
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    profile: LatencyProfile
+    num_samples: int
+    error: float
+    held_out_error: float
+    """Mean absolute percentage errors, as fractions."""
+
+
+def _fit_until_sound(measurement: _Measurement, grid: StepGrid, *, first_mixed: int) -> _Fit:
+    """Return the fit of what was measured; measure more as long as it is refused."""
+    for _ in range(_MAX_NUM_RUNS - 1):
+        try:
+            return _fit(measurement.samples(), grid, first_mixed=first_mixed)
+        except EngineError:
+            measurement.run()
+    return _fit(measurement.samples(), grid, first_mixed=first_mixed)
+
+
+def _fit(samples: Sequence[StepSample], grid: StepGrid, *, first_mixed: int) -> _Fit:
+    """Return the fit of the grids and every second mixed step; the others only check it."""
+    fitted = [*samples[:first_mixed], *samples[first_mixed::2]]
+    held_out = samples[first_mixed + 1 :: 2] or fitted
+    profile = fit_latency_profile(fitted)
+    error = mean_absolute_percentage_error(profile, fitted)
+    if error > grid.max_mean_error:
+        raise EngineError(
+            f"the latency fit is off by {error:.0%} on average, the limit is "
+            f"{grid.max_mean_error:.0%}; is something else using the machine? profile again"
+        )
+    held_out_error = mean_absolute_percentage_error(profile, held_out)
+    return _Fit(profile, len(fitted), error, held_out_error)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -211,11 +235,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with work_progress(console) as progress:
             advance = progress.part("Profiling", 1.0)
             measured = profile_engine(
-                engine, settings, vocab_size=manifest.vocab_size, on_progress=advance
+                engine,
+                settings,
+                device=settings.device,
+                dtype=settings.dtype,
+                vocab_size=manifest.vocab_size,
+                on_progress=advance,
             )
         engine.close()
         layout = read_config(options.engine_dir).kv_layout(manifest.block_size_tokens)
-        copy_profile = measure_copy_profile(layout, settings)
+        copy_profile = measure_torch_copies(layout, settings)
         write_manifest(
             options.engine_dir,
             replace(
@@ -228,7 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ProServeError as error:
         console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         return 1
-    for line in (describe(measured), describe_copies(copy_profile, layout, settings)):
+    copies = describe_copies(copy_profile, layout, DTYPES[settings.dtype])
+    for line in (describe(measured), copies):
         console.print(line, highlight=False, soft_wrap=True)
     return 0
 

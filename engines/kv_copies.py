@@ -89,7 +89,7 @@ class KVCopies:
     def start(self, transfers: Iterable[KVTransfer]) -> None:
         """Begin a step with these copies; they go on beside the computation.
 
-        They must be sound: `engines.torch_engine.transfer_checks` says what that is.
+        They must be sound: `engines.plan_checks` says what that is.
         """
         self._forget_step()
         onboards = []

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from engines.engine_options import EngineOptions
 from orchestrator.core.errors import EngineError
 
 
@@ -27,6 +28,36 @@ def free_host_bytes() -> int | None:
             if key == "MemAvailable":
                 return int(value.split()[0]) * 1024
     return None
+
+
+def count_device_blocks(options: EngineOptions, block_bytes: int, device: torch.device) -> int:
+    """Return how many KV blocks of this size the device gets, once the model is loaded.
+
+    Raises:
+        EngineError: the device has no room for them.
+    """
+    if device.type != "cuda":
+        # Or the options would have been refused. Main memory is checked as a whole.
+        assert options.num_device_blocks is not None
+        return options.num_device_blocks
+    free_bytes = free_cuda_bytes(device)
+    num_blocks = options.num_device_blocks or num_blocks_in_free_memory(
+        free_bytes, options.device_memory_fraction, block_bytes
+    )
+    check_blocks_fit(
+        num_blocks, block_bytes, free_bytes=free_bytes, memory="device", keys="device_kv_bytes"
+    )
+    return num_blocks
+
+
+def check_main_memory(options: EngineOptions, num_device_blocks: int, block_bytes: int) -> None:
+    """Raise EngineError if main memory has no room for the KV blocks that shall be in it."""
+    num_blocks, keys = options.num_host_blocks, "host_kv_bytes"
+    if options.device == "cpu":
+        num_blocks, keys = num_blocks + num_device_blocks, "device_kv_bytes or host_kv_bytes"
+    check_blocks_fit(
+        num_blocks, block_bytes, free_bytes=free_host_bytes(), memory="main", keys=keys
+    )
 
 
 def num_blocks_in_free_memory(free_bytes: int, memory_fraction: float, block_bytes: int) -> int:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
 
 from orchestrator.core.scheduler_factory import SchedulerName, SchedulerOptions, options_type
 from orchestrator.scheduler_config import (
@@ -20,6 +29,14 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 EndpointId = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")]
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def _require_size_on_cpu(device: str, device_kv_bytes: int | None) -> None:
+    if device == "cpu" and device_kv_bytes is None:
+        raise ValueError(
+            "device_kv_bytes is not set; with device cpu it is required, because the KV cache "
+            "shares main memory with everything else: write one, such as 1GiB"
+        )
 
 
 class TorchEngineConfig(BaseModel):
@@ -57,12 +74,106 @@ class TorchEngineConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_memory(self) -> Self:
-        if self.device_kv_bytes is None and self.device == "cpu":
+        _require_size_on_cpu(self.device, self.device_kv_bytes)
+        return self
+
+
+class TrtLlmEngineSection(BaseModel):
+    """A prebuilt TensorRT-LLM engine, each step of which our scheduler decides."""
+
+    model_config = _STRICT
+
+    kind: Literal["trtllm"]
+    """Which engine runs the model."""
+
+    directory: Path
+    """Engine directory made by `proserve build`; relative to the current directory."""
+
+    device: Literal["cpu", "cuda"] = "cuda"
+    """Where the model runs; `cpu` only with a stand-in of TensorRT-LLM, for tests."""
+
+    device_kv_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
+    """Memory of the paged KV cache on each GPU, such as `40GiB`; by default
+    `device_memory_fraction` of what is free there. With `device: cpu` it is required."""
+
+    device_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of the device memory that is free after loading the engine, for the KV cache; not read
+    where `device_kv_bytes` is set. The rest is a reserve: the engine's own memory is taken by
+    then."""
+
+    host_kv_bytes: Annotated[ByteSize, Field(ge=0)] = ByteSize(0)
+    """Pinned main memory, for each GPU, for KV blocks that had to leave the device, such as
+    `64GiB`; at least twice the device's is recommended. 0 keeps none: what leaves the device is
+    computed again."""
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> Self:
+        _require_size_on_cpu(self.device, self.device_kv_bytes)
+        return self
+
+
+class TrtLlmExecutorConfig(BaseModel):
+    """A prebuilt TensorRT-LLM engine under TensorRT-LLM's own scheduler, to compare ours with."""
+
+    model_config = _STRICT
+
+    kind: Literal["trtllm-executor"]
+    """Which engine runs the model."""
+
+    directory: Path
+    """Engine directory made by `proserve build`; relative to the current directory."""
+
+    device: Literal["cpu", "cuda"] = "cuda"
+    """Where the model runs; `cpu` only with a stand-in of TensorRT-LLM, for tests."""
+
+    device_kv_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
+    """Memory of the KV cache on each GPU, such as `40GiB`; by default `device_memory_fraction` of
+    what is free there."""
+
+    device_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of the device memory that is free after loading the engine, for the KV cache; not read
+    where `device_kv_bytes` is set."""
+
+    host_kv_bytes: Annotated[ByteSize, Field(ge=0)] = ByteSize(0)
+    """Pinned main memory, for each GPU, for KV blocks that no request on the device uses; the
+    executor moves them by itself. Needs `block_reuse`."""
+
+    capacity_policy: Literal["max-utilization", "guaranteed-no-evict"] = "max-utilization"
+    """Whether requests are started as long as there are KV blocks, and paused when they run short,
+    or only when they are sure to finish."""
+
+    block_reuse: bool = True
+    """Requests of the same client share the KV of equal beginnings, and what a paused request
+    leaves behind can be found again."""
+
+    @model_validator(mode="after")
+    def _check_host(self) -> Self:
+        if self.host_kv_bytes and not self.block_reuse:
             raise ValueError(
-                "device_kv_bytes is not set; with device cpu it is required, because the KV cache "
-                "shares main memory with everything else: write one, such as 1GiB"
+                f"host_kv_bytes is {self.host_kv_bytes:,}, but block_reuse is false: the executor "
+                "keeps on the host only what can be used again; set block_reuse, or leave "
+                "host_kv_bytes out"
             )
         return self
+
+
+def _engine_kind(section: object) -> object:
+    """Return the kind of an engine section, as read or as a model."""
+    if isinstance(section, dict):
+        return section.get("kind", "torch")
+    return getattr(section, "kind", None)
+
+
+EngineConfig = Annotated[
+    Annotated[TorchEngineConfig, Tag("torch")]
+    | Annotated[TrtLlmEngineSection, Tag("trtllm")]
+    | Annotated[TrtLlmExecutorConfig, Tag("trtllm-executor")],
+    Discriminator(
+        _engine_kind,
+        custom_error_type="unknown_engine_kind",
+        custom_error_message="kind must be torch, trtllm or trtllm-executor",
+    ),
+]
 
 
 class NodeConfig(BaseModel):
@@ -79,7 +190,7 @@ class NodeConfig(BaseModel):
     port: Port
     """Port the HTTP service listens on."""
 
-    engine: TorchEngineConfig
+    engine: EngineConfig
     """The engine and its resources."""
 
     scheduler: SchedulerName = "slide-batching"
@@ -128,4 +239,15 @@ class NodeConfig(BaseModel):
                 expected is None or type(section).__mro__[1] is not expected
             ):
                 raise ValueError(f"{name} is set, but scheduler {self.scheduler} does not read it")
+        return self
+
+    @model_validator(mode="after")
+    def _check_who_schedules(self) -> Self:
+        if self.engine.kind == "trtllm-executor":
+            for name in ("scheduler", "slide_batching", "kv_cache", "latency_correction"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"{name} is set, but engine kind {self.engine.kind} schedules by itself; "
+                        "leave it out"
+                    )
         return self

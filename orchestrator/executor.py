@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from orchestrator.core.errors import EngineError, NodeUnavailable
+from orchestrator.core.errors import EngineError, EngineLost, NodeUnavailable
 from orchestrator.core.latency_correction import StepErrors
 from orchestrator.core.ports import (
     Clock,
@@ -111,7 +111,7 @@ class ExecutorLoop:
         """Plan one step, run it, account for it and emit the news.
 
         Raises:
-            EngineError: the engine failed too often in a row to go on.
+            EngineError: the engine is lost, or failed too often in a row to go on.
         """
         started_s = self._clock.now_s()
         plan = self._scheduler.schedule(started_s)
@@ -130,6 +130,8 @@ class ExecutorLoop:
         """Step the engine; an exception of any kind ends this step's requests, not the loop."""
         try:
             output = self._engine.step(plan)
+        except EngineLost:
+            raise
         except Exception as error:
             self._num_failures += 1
             logger.error("engine step %d failed: %s", plan.step_id, error, exc_info=error)

@@ -172,7 +172,7 @@ class ExecutorClient:
         finally:
             self._streams.pop(spec.request_id, None)
             if not has_ended and self._failure is None:
-                await self._send(AbortRequest(spec.request_id))
+                await self._send_if_there(AbortRequest(spec.request_id))
 
     async def drain(self) -> None:
         """Refuse new requests; the running ones finish."""
@@ -182,6 +182,12 @@ class ExecutorClient:
 
     async def _send(self, command: Command) -> None:
         await self._socket.send(self._encoder.encode(command))
+
+    async def _send_if_there(self, command: Command) -> None:
+        """Send what is of no use to a process that has gone; an ordinary `send` would wait for
+        another one to connect."""
+        with contextlib.suppress(zmq.ZMQError):
+            await self._socket.send(self._encoder.encode(command), zmq.NOBLOCK)
 
     async def _receive(self) -> None:
         while True:
@@ -230,8 +236,7 @@ class ExecutorClient:
     async def _end_process(self) -> None:
         if self._process.returncode is not None:
             return
-        with contextlib.suppress(zmq.ZMQError):
-            await self._send(Shutdown())
+        await self._send_if_there(Shutdown())
         try:
             async with asyncio.timeout(SHUTDOWN_GRACE_S):
                 await self._process.wait()

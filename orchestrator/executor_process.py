@@ -18,9 +18,18 @@ import zmq
 
 from orchestrator.core.errors import NodeUnavailable, ProServeError, RequestRejected
 from orchestrator.core.latency import LatencyProfile
-from orchestrator.core.ports import Engine, RequestEvent, Scheduler, SchedulerLoad
+from orchestrator.core.ports import (
+    CopyFigures,
+    Engine,
+    EngineIteration,
+    RequestEngine,
+    RequestEvent,
+    Scheduler,
+    SchedulerLoad,
+)
 from orchestrator.core.request import FinishReason
 from orchestrator.executor import ExecutorLoop, MonotonicClock, StepFigures
+from orchestrator.request_loop import RequestLoop
 from orchestrator.wire import (
     AbortRequest,
     AddRequest,
@@ -41,29 +50,38 @@ IDLE_REPORT_S = 0.25
 """An idle executor sends its load this often, so that silence always means trouble."""
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedEngine:
-    """What an executor process serves."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """What an executor process says of the model it serves."""
 
-    engine: Engine
-    scheduler: Scheduler
     model: str
     latency_profile: LatencyProfile
     manifest_sha256: str
 
 
-class ExecutorServer:
-    """Feeds an executor loop from a socket and sends its news back."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedEngine(ServedModel):
+    """An engine that is stepped, and the scheduler that plans its steps."""
 
-    def __init__(self, socket: zmq.Socket[bytes], loaded: LoadedEngine) -> None:
+    engine: Engine
+    scheduler: Scheduler
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedRequestEngine(ServedModel):
+    """An engine that schedules by itself."""
+
+    engine: RequestEngine
+
+
+class ExecutorServer:
+    """Feeds a loop over an engine from a socket and sends its news back."""
+
+    def __init__(
+        self, socket: zmq.Socket[bytes], loaded: LoadedEngine | LoadedRequestEngine
+    ) -> None:
         self._socket = socket
-        self._loop = ExecutorLoop(
-            loaded.scheduler,
-            loaded.engine,
-            clock=MonotonicClock(),
-            emit=self._emit,
-            report=self._report,
-        )
+        self._loop = self._make_loop(loaded)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Command)
         self._seq_no = 0
@@ -94,6 +112,19 @@ class ExecutorServer:
             self._drain_commands()
             if self._loop.has_requests:
                 self._loop.run_step()
+
+    def _make_loop(self, loaded: LoadedEngine | LoadedRequestEngine) -> ExecutorLoop | RequestLoop:
+        match loaded:
+            case LoadedEngine(scheduler=scheduler, engine=engine):
+                return ExecutorLoop(
+                    scheduler,
+                    engine,
+                    clock=MonotonicClock(),
+                    emit=self._emit,
+                    report=self._report,
+                )
+            case LoadedRequestEngine(engine=request_engine):
+                return RequestLoop(request_engine, emit=self._emit, report=self._report_iteration)
 
     def _drain_commands(self) -> None:
         while self._socket.poll(0):
@@ -153,6 +184,29 @@ class ExecutorServer:
             )
         )
 
+    def _report_iteration(self, iteration: EngineIteration, load: SchedulerLoad) -> None:
+        self._send(
+            StepReport(
+                step_id=iteration.step_id,
+                step_s=iteration.step_s,
+                predicted_step_s=None,
+                schedule_s=None,
+                num_scheduled=iteration.num_scheduled,
+                num_prefill_tokens=iteration.num_prefill_tokens,
+                num_decode_tokens=iteration.num_decode_tokens,
+                num_preempted=iteration.num_preempted,
+                num_skipped=0,
+                num_urgent=0,
+                num_normal=0,
+                num_prefix_tokens=0,
+                num_kept_tokens=0,
+                num_recomputed_tokens=0,
+                copies=CopyFigures(),
+                errors=(),
+                load=self._load_report(load),
+            )
+        )
+
     def _load_report(self, load: SchedulerLoad) -> LoadReport:
         self._seq_no += 1
         return LoadReport(seq_no=self._seq_no, load=load)
@@ -161,7 +215,7 @@ class ExecutorServer:
         self._socket.send(self._encoder.encode(message))
 
 
-def run_executor(address: str, load: Callable[[], LoadedEngine]) -> int:
+def run_executor(address: str, load: Callable[[], LoadedEngine | LoadedRequestEngine]) -> int:
     """Connect to the node's HTTP process, load the engine and serve it; return an exit status.
 
     Why an engine cannot be loaded, or cannot go on, is reported to the HTTP process before

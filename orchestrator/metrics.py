@@ -96,7 +96,8 @@ class NodeMetrics:
         self._preemptions.inc(report.num_preempted)
         self._skips.inc(report.num_skipped)
         self._kv.step_done(report)
-        self._schedule_s.observe(report.schedule_s)
+        if report.schedule_s is not None:
+            self._schedule_s.observe(report.schedule_s)
         self._urgent.set(report.num_urgent)
         self._normal.set(report.num_normal)
         for errors in report.errors:
@@ -104,7 +105,8 @@ class NodeMetrics:
                 self._overrun.labels(errors.batch_class.value, name).set(value)
         if report.step_s > 0:  # 0: the step failed and was not measured
             self._step_s.observe(report.step_s)
-            self._step_error.observe((report.predicted_step_s - report.step_s) / report.step_s)
+            if report.predicted_step_s is not None:
+                self._step_error.observe((report.predicted_step_s - report.step_s) / report.step_s)
 
     def render(self, load: LoadReport | None) -> bytes:
         """Return the Prometheus text, with the gauges of `load`."""

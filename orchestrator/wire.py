@@ -181,9 +181,11 @@ class StepReport(msgspec.Struct, frozen=True, tag=True):
 
     step_id: int
     step_s: float
-    predicted_step_s: float
-    schedule_s: float
-    """Time spent planning and accounting."""
+    predicted_step_s: float | None
+    """None if nobody predicted it: the engine schedules by itself."""
+
+    schedule_s: float | None
+    """Time spent planning and accounting; None if the engine schedules by itself."""
 
     num_scheduled: int
     num_prefill_tokens: int

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 
+from orchestrator.core.errors import EngineLost
 from orchestrator.core.latency import BatchLatencyModel
 from orchestrator.core.ports import EngineCapabilities, SchedulerOutput, StepOutput
 from orchestrator.core.slide_batching import SlideBatchingScheduler
@@ -27,6 +28,9 @@ EXIT = 900_002
 
 REFUSE = 900_003
 """Only this request fails; the rest of the step goes on."""
+
+LOSE = 900_004
+"""The engine is lost."""
 
 STEP_S = 0.002
 
@@ -53,6 +57,8 @@ class ScriptedEngine:
             prompt = part.request.spec.prompt_token_ids
             if prompt[-1] == RAISE:
                 raise ZeroDivisionError("as the prompt asked")
+            if prompt[-1] == LOSE:
+                raise EngineLost("as the prompt asked")
             if prompt[-1] == EXIT:
                 os.kill(os.getpid(), signal.SIGKILL)
             if prompt[-1] == REFUSE:

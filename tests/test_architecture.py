@@ -55,9 +55,13 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
 
 # Packages of others that only some of ours may import.
 CONFINED: Mapping[str, tuple[str, ...]] = {
-    "tensorrt_llm": ("engines.trtllm", "build_scripts"),
+    "tensorrt_llm": ("engines.trtllm", "engines.trtllm_pytorch", "build_scripts"),
+    "tensorrt": ("engines.trtllm",),
     "torch": ("engines", "orchestrator.sampling", "build_scripts"),
 }
+
+# Whoever wants these imports them himself.
+EXPERIMENTAL = ("engines.trtllm_pytorch",)
 
 # The core decides; it neither looks at a clock nor waits, draws, reads or writes.
 IMPURE_MODULES = frozenset(
@@ -265,6 +269,17 @@ def test_core_engines_and_executor_import_with_torch_and_numpy_alone() -> None:
     assert sorted(problems) == []
 
 
+def test_nothing_depends_on_what_is_experimental() -> None:
+    importers = [
+        name
+        for name, source in our_sources().items()
+        for imported in imports_in(source, name)
+        if is_under(imported.target, *EXPERIMENTAL)
+    ]
+
+    assert importers == []
+
+
 def test_modules_and_functions_stay_short() -> None:
     problems = [p for name, source in our_sources().items() for p in oversized(source, name)]
 
@@ -335,6 +350,7 @@ def test_no_file_names_one_machines_paths_or_a_package_index() -> None:
         ("engines.kv_pool", "import router"),
         ("engines.kv_pool", "import build_scripts"),
         ("engines.torch_engine.model", "import tensorrt_llm"),
+        ("engines.kv_pool", "import tensorrt"),
         ("router.app", "from orchestrator.node_api import create_app"),
         ("router.app", "import orchestrator.executor"),
         ("router.app", "from engines.manifest import EngineManifest"),
@@ -361,7 +377,7 @@ def test_a_forbidden_import_is_found(module: str, source: str) -> None:
         ("orchestrator.executor", "import time, msgspec\nfrom orchestrator import core, wire"),
         ("orchestrator.sampling", "import torch"),
         ("engines.kv_pool", "import torch\nfrom orchestrator.sampling import Sampler"),
-        ("engines.trtllm.session", "import tensorrt_llm"),
+        ("engines.trtllm.session", "import tensorrt, tensorrt_llm"),
         ("router.app", "from orchestrator import wire\nfrom orchestrator.yaml_config import M"),
         ("build_scripts.convert", "import torch, tensorrt_llm, engines.manifest"),
         ("orchestrator.simulation.replay", "from engines.simulated import SimulatedEngine"),

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
-from engines.kv_pool import KVPool
 from engines.torch_engine.batch import DecodeGroup, PrefillPiece, StepBatch
 from engines.torch_engine.config import LlamaConfig
 from engines.torch_engine.weights import DecoderWeights, LayerWeights
+
+
+class KVStore(Protocol):
+    """Where K and V of all tokens lie; `engines.kv_pool.KVPool` is one."""
+
+    def write(self, layer: int, token_rows: torch.Tensor, key_value: torch.Tensor) -> None:
+        """Store new K and V, (num_tokens, 2, num_kv_heads, head_dim), at `layer`.
+
+        `token_rows` is `StepBatch.token_rows`.
+        """
+        ...
+
+    def read(self, layer: int, head_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K and V at `layer`, each (num_requests, num_kv_heads, tokens, head_dim).
+
+        `head_rows` is that of a `DecodeGroup` or a `PrefillPiece`.
+        """
+        ...
 
 
 class LlamaDecoder:
@@ -26,7 +44,7 @@ class LlamaDecoder:
     def forward(
         self,
         batch: StepBatch,
-        pool: KVPool,
+        pool: KVStore,
         *,
         before_layer: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
@@ -50,7 +68,7 @@ class LlamaDecoder:
         return F.linear(_rms_norm(sampled, self.weights.final_norm, eps), self.weights.lm_head)
 
     def _attend(
-        self, layer: int, qkv: torch.Tensor, batch: StepBatch, pool: KVPool
+        self, layer: int, qkv: torch.Tensor, batch: StepBatch, pool: KVStore
     ) -> torch.Tensor:
         """Return the attention output, (num_tokens, query_size), of rotated `qkv`."""
         config = self.config
@@ -68,7 +86,7 @@ class LlamaDecoder:
 
 
 def _attend_decodes(
-    query: torch.Tensor, layer: int, group: DecodeGroup, pool: KVPool
+    query: torch.Tensor, layer: int, group: DecodeGroup, pool: KVStore
 ) -> torch.Tensor:
     key, value = pool.read(layer, group.head_rows)
     # The query heads that share a KV head become its query rows: grouped-query attention
@@ -78,7 +96,7 @@ def _attend_decodes(
 
 
 def _attend_prefill(
-    query: torch.Tensor, key_value: torch.Tensor, layer: int, piece: PrefillPiece, pool: KVPool
+    query: torch.Tensor, key_value: torch.Tensor, layer: int, piece: PrefillPiece, pool: KVStore
 ) -> torch.Tensor:
     """Return (new tokens, heads, head_dim). Without cached tokens, what was just computed is
     the whole context; else it is read back from the pool after the cached part."""

@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from build_scripts.recipe import EngineRecipe
+from build_scripts.trtllm.recipe import TrtLlmRecipe
 from orchestrator.command_line.deployment import DeploymentConfig
 from orchestrator.config import NodeConfig
 from router.clients import ClientsConfig
@@ -41,6 +42,7 @@ it equal to them. Unknown keys are refused with file, line and the nearest valid
 | one router's YAML | `proserve router FILE` | [RouterConfig](#routerconfig) |
 | `configs/clients/*.yaml` | `proserve keys list FILE` | [ClientsConfig](#clientsconfig) |
 | `configs/engines/*.yaml` | `proserve build FILE` | [EngineRecipe](#enginerecipe) |
+| the same, `kind: trtllm` | `proserve build FILE` | [TrtLlmRecipe](#trtllmrecipe) |
 
 Sizes in bytes may be written with a unit, such as `512MiB`.
 """
@@ -51,6 +53,7 @@ ROOTS: tuple[type[BaseModel], ...] = (
     RouterConfig,
     ClientsConfig,
     EngineRecipe,
+    TrtLlmRecipe,
 )
 
 
@@ -144,6 +147,7 @@ def _annotation_name(annotation: Any) -> str:
         return " or ".join(f"`{member.value}`" for member in annotation)
     names = {str: "text", int: "integer", float: "number", bool: "true or false"}
     names |= {Path: "path", ByteSize: "size in bytes", AwareDatetime: "time with zone"}
+    names |= {Any: "anything"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 

@@ -1,13 +1,16 @@
-"""Running one HTTP service in this process, and ending with the process that started us."""
+"""What a process runs as: one HTTP service, or another command; and ending with the process that
+started us."""
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
+import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import uvicorn
 from fastapi import FastAPI
@@ -25,6 +28,14 @@ def die_with_parent() -> None:
     """Ask Linux to send SIGTERM to this process when its parent ends, however that happens."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def become(command: Sequence[str]) -> NoReturn:
+    """Replace this process by a command that ends with the process that started us, and that
+    Ctrl-C in the terminal does not reach."""
+    die_with_parent()  # which outlives the replacement
+    os.setsid()
+    os.execvp(command[0], list(command))
 
 
 class _GracefulServer(uvicorn.Server):

@@ -393,10 +393,8 @@ class BatchScheduler(ABC):
         return 1 if is_decode_step(request) else step.num_forced_tokens(request)
 
     def _num_short_blocks(self, row: int, num_new_tokens: int) -> int:
-        request = self._table.requests[row]
-        num_missing = self._kv.num_missing_blocks(
-            request.request_id, request.num_computed_tokens + num_new_tokens
-        )
+        num_tokens = self._table.requests[row].num_computed_tokens + num_new_tokens
+        num_missing = self._kv_planner.num_missing_blocks(row, num_tokens)
         return num_missing - self._kv.num_free_device_blocks
 
     def _plan(self, step: StepBuilder | None, reasons: ScheduleReasons) -> SchedulerOutput:

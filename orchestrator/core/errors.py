@@ -2,11 +2,13 @@
 
 ProServeError
 |-- ConfigError               a YAML file or a flag says something impossible
+|-- BuildError                a step of an engine build failed
 |-- RequestRejected           a client asked for something we do not serve      -> HTTP 4xx
 |-- NodeUnavailable           no node can take the request now                  -> HTTP 503
 |-- EngineError
 |   |-- EngineDirectoryError  an engine directory is missing, damaged or foreign
-|   `-- EngineStepError       a step failed; names the requests it ends         -> HTTP 500
+|   |-- EngineStepError       a step failed; names the requests it ends         -> HTTP 500
+|   `-- EngineLost            an engine can run no more steps
 `-- KVIntegrityError          block accounting is wrong: a bug of ours
 """
 
@@ -21,6 +23,10 @@ class ProServeError(Exception):
 
 class ConfigError(ProServeError):
     """A configuration names an impossible or unknown setting."""
+
+
+class BuildError(ProServeError):
+    """A step of an engine build failed; the steps before it need not be run again."""
 
 
 class RequestRejected(ProServeError):
@@ -53,6 +59,10 @@ class EngineStepError(EngineError):
     def __init__(self, message: str, *, request_ids: Sequence[str]) -> None:
         super().__init__(message)
         self.request_ids = tuple(request_ids)
+
+
+class EngineLost(EngineError):
+    """An engine can run no more steps; only a new process can."""
 
 
 class KVIntegrityError(ProServeError):

@@ -88,6 +88,7 @@ class KVPlanner:
             num_host_blocks=capabilities.num_host_blocks if self._copies else 0,
             enable_prefix_caching=options.prefix_caching,
         )
+        self._reserves_prompts = capabilities.reserves_prompts
         self._table = table
         self._model = model
         self._options = options
@@ -121,7 +122,7 @@ class KVPlanner:
         it as needed; none if preempting all that may be would not be enough.
         """
         request = self._table.requests[row]
-        num_missing = self.kv.num_missing_blocks(request.spec.request_id, num_tokens)
+        num_missing = self.num_missing_blocks(row, num_tokens)
         if num_missing == 0:
             return self.kv.block_ids(request.spec.request_id)
         if not restored.num_blocks:
@@ -141,11 +142,21 @@ class KVPlanner:
 
     def allocate(self, row: int, num_tokens: int) -> Sequence[int]:
         """Return the blocks of a request for `num_tokens` tokens in all; there is room."""
-        request_id = self._table.requests[row].request_id
-        block_ids = self.kv.allocate(request_id, num_tokens)
+        request = self._table.requests[row]
+        block_ids = self.kv.allocate(request.request_id, self._num_held(request, num_tokens))
         assert block_ids is not None, "room was made before"
         self._table.num_blocks[row] = len(block_ids)
         return block_ids
+
+    def num_missing_blocks(self, row: int, num_tokens: int) -> int:
+        """Return how many more blocks a request needs to compute its first `num_tokens` tokens."""
+        request = self._table.requests[row]
+        return self.kv.num_missing_blocks(
+            request.spec.request_id, self._num_held(request, num_tokens)
+        )
+
+    def _num_held(self, request: Request, num_tokens: int) -> int:
+        return max(num_tokens, request.num_tokens) if self._reserves_prompts else num_tokens
 
     def restorable(self, row: int) -> Restorable | None:
         """Return what of a request's KV can be had in this step without computing it; None if

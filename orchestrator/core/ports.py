@@ -10,7 +10,7 @@ from orchestrator.core.kv_state import KVBlockCounts
 from orchestrator.core.kv_transfer import KVTransfer
 from orchestrator.core.latency import BatchShape
 from orchestrator.core.latency_correction import StepErrors
-from orchestrator.core.request import FinishReason, Request
+from orchestrator.core.request import FinishReason, Request, RequestSpec
 
 
 class Clock(Protocol):
@@ -39,6 +39,10 @@ class EngineCapabilities:
 
     num_layer_groups: int = 1
     """Onboarded blocks arrive in so many parts, each in time for the first layer that reads it."""
+
+    reserves_prompts: bool = False
+    """The engine takes the blocks of all tokens of a request with its first chunk, not only those
+    of the chunk."""
 
 
 @dataclass(slots=True)
@@ -296,7 +300,66 @@ class Engine(Protocol):
             EngineStepError: the step failed; the engine can go on without the named requests.
                 What became of its copies is told with the next step that does not fail; none
                 of its onboards is on its way any more.
+            EngineLost: no step can run any more; what follows is `close`.
         """
+        ...
+
+    def close(self) -> None:
+        """Release memory and threads. No call follows."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineIteration:
+    """One step of an engine that schedules by itself, as far as the engine tells of it."""
+
+    step_id: int
+    step_s: float
+    """Measured duration; 0 if it was not measured."""
+
+    num_scheduled: int
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    num_preempted: int
+    num_running: int
+    """Requests with KV blocks."""
+
+    num_free_device_blocks: int
+
+
+class RequestEngine(Protocol):
+    """Runs whole requests by a scheduler of its own: there is no step to plan, only an order in
+    which requests are started. Beside our schedulers, to compare with."""
+
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        """Fixed from load to close."""
+        ...
+
+    def start(self, spec: RequestSpec) -> None:
+        """Hand over a request whose id is not in use.
+
+        Raises:
+            RequestRejected: the engine cannot do what the request asks.
+            EngineError: the engine cannot go on.
+        """
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """End a request that has not ended; `collect` tells nothing more of it."""
+        ...
+
+    def collect(self, timeout_s: float) -> list[RequestEvent]:
+        """Return the news since the last call, waiting for some at most `timeout_s`. The last
+        event of each request, and no other, has a `finish_reason`.
+
+        Raises:
+            EngineError: the engine cannot go on.
+        """
+        ...
+
+    def take_iterations(self) -> list[EngineIteration]:
+        """Return the steps since the last call, oldest first."""
         ...
 
     def close(self) -> None:

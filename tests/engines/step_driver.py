@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from orchestrator.core.kv_transfer import KVTransfer, TransferDirection
 from orchestrator.core.ports import (
@@ -15,6 +16,7 @@ from orchestrator.core.ports import (
     StepOutput,
 )
 from orchestrator.core.request import Request
+from tests.factories import make_request
 
 REASONS = ScheduleReasons(latency_budget_s=math.inf, load_s=0.0, num_urgent=0, num_normal=0)
 
@@ -36,6 +38,28 @@ def make_plan(
         predicted_step_s=0.0,
         reasons=REASONS,
     )
+
+
+def random_requests(*prompt_lengths: int, max_tokens: int = 12, **arguments: Any) -> list[Request]:
+    """Return requests named by their prompt's length, with random prompts of 97 token ids."""
+    generator = random.Random(0)
+    return [
+        make_request(
+            str(length),
+            prompt_token_ids=[generator.randrange(97) for _ in range(length)],
+            max_tokens=max_tokens,
+            **arguments,
+        )
+        for length in prompt_lengths
+    ]
+
+
+def tokens_alone(engine: Engine, *prompt_lengths: int) -> dict[str, list[int]]:
+    """Return the tokens of `random_requests` when each runs alone, its prompt in one piece."""
+    outputs: dict[str, list[int]] = {}
+    for request in random_requests(*prompt_lengths):
+        outputs |= StepDriver(engine, request).run(chunk_tokens=256)
+    return outputs
 
 
 class StepDriver:
@@ -80,6 +104,12 @@ class StepDriver:
             for token_id in token_ids:
                 self.requests[name].append_output_token(token_id, now_s=0.0)
         return output
+
+    def run_until_ended(self, transfer: KVTransfer) -> None:
+        """Step without computing until the copy is reported."""
+        output = self.step({}, transfers=[transfer])
+        while transfer.transfer_id not in output.completed_transfers:
+            output = self.step({})
 
     def offload(self, name: str) -> KVTransfer:
         """Return a copy of the request's full blocks to the host, for a step to start."""
@@ -142,3 +172,29 @@ class StepDriver:
             tuple(self._blocks[name][:num_blocks]),
             tuple(self._host_blocks[name][:num_blocks]),
         )
+
+
+def reload_together(
+    engine: Engine, *, waits_for_transfers: bool
+) -> tuple[StepOutput, dict[str, list[int]]]:
+    """Let three requests come back in one step, to a pool of 70 blocks that another request has
+    written all over in between; return that step's output, and all tokens after the last.
+
+    Three, because a token now and then comes out right by chance. The prompts are those of
+    `random_requests(17, 24, 35, 150)`.
+    """
+    moved = ("17", "24", "35")
+    driver = StepDriver(engine, *random_requests(17, 24, 35, 150))
+    for _ in range(4):
+        driver.step(dict.fromkeys(moved, 35))
+    for name in moved:
+        driver.run_until_ended(driver.offload(name))
+        driver.preempt(name)
+    driver.step({"150": 150})
+    driver.preempt("150")
+    output = driver.step(
+        dict.fromkeys(moved, 4),
+        transfers=[driver.onboard(name) for name in moved],
+        waits_for_transfers=waits_for_transfers,
+    )
+    return output, driver.run(chunk_tokens=256)

@@ -87,8 +87,11 @@ def write_deployment(
 
 
 @contextlib.contextmanager
-def running(path: Path) -> Iterator[Deployment]:
-    """Start `proserve serve PATH`, wait until it is healthy, and stop it at the end."""
+def running(path: Path, *, environment: Mapping[str, str] | None = None) -> Iterator[Deployment]:
+    """Start `proserve serve PATH`, wait until it is healthy, and stop it at the end.
+
+    `environment` is that of its processes, if not this one's with our packages on the path.
+    """
     content = yaml.safe_load(path.read_text())
     log = path.with_suffix(".log")
     with log.open("wb") as output:
@@ -96,7 +99,7 @@ def running(path: Path) -> Iterator[Deployment]:
             [sys.executable, "-m", "orchestrator.command_line.main", "serve", str(path)],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+            env=environment or os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
         )
     deployment = Deployment(
         process,

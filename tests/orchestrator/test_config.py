@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestrator.config import NodeConfig
+from orchestrator.config import NodeConfig, TrtLlmEngineSection, TrtLlmExecutorConfig
 from orchestrator.core.errors import ConfigError
 from orchestrator.core.latency import BatchLatencyModel
 from orchestrator.core.scheduler_factory import SCHEDULER_NAMES, make_scheduler
@@ -111,3 +111,70 @@ def test_a_mistake_is_named_with_the_way_out(tmp_path: Path, text: str, words: s
         load(tmp_path, text)
 
     assert words in str(caught.value)
+
+
+TRTLLM_NODE = NODE.replace("{directory", "{kind: trtllm, directory")
+
+
+def test_a_prebuilt_tensorrt_llm_engine_can_be_chosen(tmp_path: Path) -> None:
+    config = load(tmp_path, TRTLLM_NODE)
+
+    assert isinstance(config.engine, TrtLlmEngineSection)
+    assert config.engine.device == "cuda"
+    assert config.engine.device_kv_bytes == 64 * 1024**2
+    assert load(tmp_path, yaml.safe_dump(config.model_dump(mode="json"))) == config
+
+
+def test_a_share_of_the_device_is_the_default_of_cuda_alone(tmp_path: Path) -> None:
+    text = TRTLLM_NODE.replace(", device_kv_bytes: 64MiB", "")
+
+    assert load(tmp_path, text).engine.device_memory_fraction == 0.9
+    with pytest.raises(ConfigError, match="device_kv_bytes is not set; with device cpu it is req"):
+        load(tmp_path, text.replace("}", ", device: cpu}"))
+
+
+EXECUTOR_NODE = NODE.replace("{directory", "{kind: trtllm-executor, directory")
+
+
+def test_the_engine_of_tensorrt_llm_s_own_scheduler_can_be_chosen(tmp_path: Path) -> None:
+    config = load(tmp_path, EXECUTOR_NODE)
+
+    assert isinstance(config.engine, TrtLlmExecutorConfig)
+    assert config.engine.device == "cuda"
+    assert config.engine.capacity_policy == "max-utilization"
+    assert load(tmp_path, yaml.safe_dump(config.model_dump(mode="json"))) == config
+
+
+def test_an_unknown_kind_of_engine_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="3: engine: kind must be torch, trtllm or trtllm-"):
+        load(tmp_path, NODE.replace("{directory", "{kind: tensorrt, directory"))
+
+
+@pytest.mark.parametrize("node", [EXECUTOR_NODE, TRTLLM_NODE])
+def test_a_key_of_another_kind_of_engine_is_refused(tmp_path: Path, node: str) -> None:
+    with pytest.raises(ConfigError, match=r"3: engine\.num_threads: unknown key 'num_threads'"):
+        load(tmp_path, node.replace("}", ", num_threads: 2}"))
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("scheduler: fcfs", "scheduler"),
+        ("slide_batching: {alpha: 0.8}", "slide_batching"),
+        ("kv_cache: {prefix_caching: false}", "kv_cache"),
+        ("latency_correction: {momentum: 0.8}", "latency_correction"),
+    ],
+)
+def test_an_engine_that_schedules_by_itself_takes_no_part_of_a_scheduler(
+    tmp_path: Path, line: str, name: str
+) -> None:
+    message = f"{name} is set, but engine kind trtllm-executor schedules by itself; leave it out"
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, EXECUTOR_NODE + f"{line}\n")
+
+
+def test_host_blocks_that_nobody_could_use_again_are_refused(tmp_path: Path) -> None:
+    text = EXECUTOR_NODE.replace("}", ", host_kv_bytes: 1GiB, block_reuse: false}")
+
+    with pytest.raises(ConfigError, match=r"block_reuse is false.*set block_reuse, or leave"):
+        load(tmp_path, text)

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.core.errors import EngineError, NodeUnavailable, RequestRejected
+from orchestrator.core.errors import EngineError, EngineLost, NodeUnavailable, RequestRejected
 from orchestrator.core.ports import RequestEvent
 from orchestrator.core.request import FinishReason
 from orchestrator.executor import MAX_CONSECUTIVE_FAILURES, ExecutorLoop, StepFigures
 from tests.factories import make_capabilities, make_request, make_scheduler
-from tests.scripted_engine import RAISE, REFUSE, ScriptedEngine
+from tests.scripted_engine import LOSE, RAISE, REFUSE, ScriptedEngine
 
 
 class ManualClock:
@@ -93,6 +93,14 @@ def test_an_engine_that_fails_every_step_is_given_up() -> None:
     recorder.add("last", 5, RAISE)
 
     with pytest.raises(EngineError, match=r"3 steps failed in a row.*as the prompt asked"):
+        recorder.loop.run_step()
+
+
+def test_a_lost_engine_is_given_up_at_once() -> None:
+    recorder = Recorder()
+    recorder.add("a", 5, LOSE)
+
+    with pytest.raises(EngineLost, match=r"^as the prompt asked$"):
         recorder.loop.run_step()
 
 

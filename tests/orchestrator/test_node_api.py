@@ -3,104 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 
-import httpx
 import msgspec
 import pytest
-import uvicorn
 
-from orchestrator.core.request import FinishReason, SamplingParams
-from orchestrator.node_api import NodeService, create_node_app
-from orchestrator.wire import (
-    ErrorBody,
-    GenerateRequest,
-    NodeDescription,
-    NodeSnapshot,
-    TokenEvent,
-)
+from orchestrator.core.request import FinishReason
+from orchestrator.wire import ErrorBody, NodeDescription
+from tests.running_node import Node, body, running_node, until
 from tests.scripted_engine import EXIT, RAISE
 
-WAIT_S = 20.0
-"""Upper bound of every wait; reached only if something hangs."""
-
-
-@dataclass
-class Node:
-    service: NodeService
-    client: httpx.AsyncClient
-
-    async def snapshot(self) -> NodeSnapshot:
-        answer = await self.client.get("/v1/snapshot")
-        assert answer.status_code == 200, answer.text
-        return msgspec.json.decode(answer.content, type=NodeSnapshot)
-
-    async def generate(self, body: GenerateRequest) -> list[TokenEvent]:
-        answer = await self.client.post("/v1/generate", content=msgspec.json.encode(body))
-        assert answer.status_code == 200, answer.text
-        return [msgspec.json.decode(line, type=TokenEvent) for line in answer.text.splitlines()]
-
-    async def metric(self, name: str) -> float:
-        text = (await self.client.get("/metrics")).text
-        (line,) = [line for line in text.splitlines() if line.startswith(f"{name} ")]
-        return float(line.split()[-1])
-
-
-@contextlib.asynccontextmanager
-async def running(*command: str) -> AsyncIterator[Node]:
-    """A node on a free port, over a real socket."""
-    service = NodeService(
-        "node-t", command or (sys.executable, "-m", "tests.scripted_engine"), stall_timeout_s=5.0
-    )
-    server = uvicorn.Server(
-        uvicorn.Config(create_node_app(service), port=0, log_config=None, lifespan="on")
-    )
-    serving = asyncio.create_task(server.serve())
-    try:
-        await until(lambda: _has_started(server), "the server has started")
-        port = server.servers[0].sockets[0].getsockname()[1]
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=WAIT_S) as client:
-            await asyncio.wait_for(service.executor.wait_until_loaded(), WAIT_S)
-            yield Node(service, client)
-    finally:
-        server.should_exit = True
-        await serving
+SCRIPTED_ENGINE = (sys.executable, "-m", "tests.scripted_engine")
 
 
 @pytest.fixture
 async def node() -> AsyncIterator[Node]:
-    async with running() as value:
+    async with running_node(*SCRIPTED_ENGINE) as value:
         yield value
-
-
-async def _has_started(server: uvicorn.Server) -> bool:
-    return server.started
-
-
-async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not await condition():
-        assert time.monotonic() < deadline_s, f"waited in vain until {what}"
-        await asyncio.sleep(0.01)
-
-
-def body(
-    request_id: str = "r", *prompt: int, max_tokens: int = 3, ttft_s: float = 1.0
-) -> GenerateRequest:
-    return GenerateRequest(
-        request_id=request_id,
-        prompt_token_ids=prompt or (5, 1),
-        sampling=SamplingParams(max_tokens=max_tokens, seed=0),
-        priority_class="normal",
-        weight=1.0,
-        ttft_s=ttft_s,
-    )
 
 
 async def test_tokens_stream_as_lines_and_end_with_a_reason(node: Node) -> None:
@@ -156,7 +78,7 @@ async def test_a_client_that_leaves_frees_its_blocks(node: Node) -> None:
     request = msgspec.json.encode(body(max_tokens=1500))
     async with node.client.stream("POST", "/v1/generate", content=request) as answer:
         await anext(answer.aiter_lines())
-        await until(lambda: _runs(node, 1), "the request is reported as running")
+        await until(lambda: node.runs(1), "the request is reported as running")
 
     async def blocks_are_free() -> bool:
         return (await node.snapshot()).load.num_free_device_blocks == 100
@@ -196,7 +118,7 @@ async def test_a_failing_step_ends_its_requests_and_not_the_node(node: Node) -> 
 
 async def test_a_dead_engine_ends_every_stream_and_turns_the_node_unhealthy(node: Node) -> None:
     others = [asyncio.create_task(node.generate(body(f"r{i}", max_tokens=1500))) for i in range(3)]
-    await until(lambda: _runs(node, 3), "three requests run")
+    await until(lambda: node.runs(3), "three requests run")
 
     last_words = (await node.generate(body("killer", 5, EXIT)))[-1]
 
@@ -213,17 +135,12 @@ async def test_a_dead_engine_ends_every_stream_and_turns_the_node_unhealthy(node
     ).status_code == 503
 
 
-async def _runs(node: Node, num_requests: int) -> bool:
-    load = node.service.executor.last_load
-    return load is not None and load.load.num_running == num_requests
-
-
 async def test_an_engine_that_cannot_load_says_why_on_every_route() -> None:
     script = "import sys; from orchestrator.executor_process import run_executor\n"
     script += "from orchestrator.core.errors import EngineDirectoryError\n"
     script += "def load(): raise EngineDirectoryError('model.safetensors is missing')\n"
     script += "sys.exit(run_executor(sys.argv[1], load))"
-    async with running(sys.executable, "-c", script) as node:
+    async with running_node(sys.executable, "-c", script) as node:
         answers = [
             await node.client.get("/health"),
             await node.client.get("/v1/node"),
@@ -255,7 +172,7 @@ async def test_a_stopped_engine_counts_as_unhealthy_until_it_goes_on(node: Node)
 
 async def test_a_draining_node_finishes_what_runs_and_refuses_what_comes(node: Node) -> None:
     running_one = asyncio.create_task(node.generate(body("old", max_tokens=300)))
-    await until(lambda: _runs(node, 1), "it runs")
+    await until(lambda: node.runs(1), "it runs")
 
     drained = await node.client.post("/v1/drain")
 
@@ -269,7 +186,7 @@ async def test_a_draining_node_finishes_what_runs_and_refuses_what_comes(node: N
 
 async def test_an_id_in_use_is_refused(node: Node) -> None:
     first = asyncio.create_task(node.generate(body("same", max_tokens=300)))
-    await until(lambda: _runs(node, 1), "it runs")
+    await until(lambda: node.runs(1), "it runs")
 
     second = await node.client.post("/v1/generate", content=msgspec.json.encode(body("same")))
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -384,3 +385,39 @@ def test_the_order_does_not_depend_on_how_requests_came_in(
 
     assert ids(plans[0]) == ids(plans[1])
     assert plans[0].predicted_step_s == plans[1].predicted_step_s
+
+
+def test_an_engine_that_reserves_prompts_gives_a_first_chunk_the_blocks_of_all() -> None:
+    """A prompt of 400 tokens in steps of 100 takes 25 blocks of 16 at once, not 7. Of 40 blocks
+    15 are left, so a second prompt of 400 tokens waits for them, chunk by chunk though it is."""
+    capabilities = dataclasses.replace(
+        make_capabilities(num_device_blocks=40, max_num_batched_tokens=100), reserves_prompts=True
+    )
+    scheduler = make_scheduler(
+        make_request("first", num_prompt_tokens=400, max_tokens=2, ttft_s=5.0),
+        make_request("second", num_prompt_tokens=400, max_tokens=2, ttft_s=6.0),
+        capabilities=capabilities,
+    )
+
+    plan, now_s = run_step(scheduler, 0.0)
+    free_after_first_chunk = scheduler.load().num_free_device_blocks
+    while ids(plan) == ["first"]:
+        plan, now_s = run_step(scheduler, now_s)
+
+    assert free_after_first_chunk == 15
+    assert not scheduler.load().num_decoding
+    assert ids(plan) == ["second"]
+
+
+def test_a_preempted_request_gets_the_blocks_of_its_output_with_its_prompts() -> None:
+    """12 prompt tokens and 8 of output are 2 blocks of 16, taken with the first chunk of 10."""
+    capabilities = dataclasses.replace(
+        make_capabilities(num_device_blocks=9, max_num_batched_tokens=10), reserves_prompts=True
+    )
+    request = make_request(num_prompt_tokens=12, num_output_tokens=8, max_tokens=20)
+    scheduler = make_scheduler(request, capabilities=capabilities)
+
+    run_step(scheduler, 0.0)
+
+    assert request.num_computed_tokens == 10
+    assert scheduler.load().num_free_device_blocks == 7

@@ -1,4 +1,4 @@
-"""What a step's KV transfers must be before any of them is started."""
+"""What a step's plan must be before any of it is started."""
 
 from __future__ import annotations
 
@@ -7,6 +7,39 @@ from collections.abc import Collection, Sequence
 
 from orchestrator.core.kv_transfer import KVTransfer, TransferDirection
 from orchestrator.core.ports import EngineCapabilities, ScheduledRequest, SchedulerOutput
+
+
+def check_plan(plan: SchedulerOutput, limits: EngineCapabilities) -> None:
+    """Raise ValueError, naming request, value and limit, if what the plan computes breaks the
+    contract of `SchedulerOutput` or a limit of the engine."""
+    parts = plan.scheduled
+    if len(parts) > limits.max_num_seqs:
+        raise ValueError(f"{len(parts)} requests in one step, max_num_seqs {limits.max_num_seqs}")
+    if plan.num_new_tokens > limits.max_num_batched_tokens:
+        raise ValueError(
+            f"{plan.num_new_tokens} new tokens in one step, "
+            f"max_num_batched_tokens {limits.max_num_batched_tokens}"
+        )
+    if len({part.request_id for part in parts}) != len(parts):
+        raise ValueError("a request is scheduled twice in one step")
+    for part in parts:
+        _check_part(part, limits)
+
+
+def _check_part(part: ScheduledRequest, limits: EngineCapabilities) -> None:
+    start, end = part.num_computed_tokens, part.num_computed_tokens + part.num_new_tokens
+    room_tokens = len(part.block_ids) * limits.block_size_tokens
+    if part.num_new_tokens < 1 or start < 0 or end > part.request.num_tokens:
+        wrong = f"tokens [{start}, {end}) of {part.request.num_tokens}"
+    elif end > limits.max_model_len:
+        wrong = f"{end} tokens, max_model_len {limits.max_model_len}"
+    elif end > room_tokens:
+        wrong = f"{end} tokens in {len(part.block_ids)} blocks, which hold {room_tokens}"
+    elif not 0 <= min(part.block_ids) <= max(part.block_ids) < limits.num_device_blocks:
+        wrong = f"a block outside of the pool's {limits.num_device_blocks}"
+    else:
+        return
+    raise ValueError(f"request {part.request_id} is scheduled with {wrong}")
 
 
 def check_transfers(

@@ -1,0 +1,1 @@
+"""Prebuilt TensorRT-LLM engines."""

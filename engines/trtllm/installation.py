@@ -1,0 +1,49 @@
+"""The TensorRT-LLM that is installed: whether it can run prebuilt engines here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from engines.trtllm.engine_rules import SUPPORTED_VERSION, is_supported_version
+from orchestrator.core.errors import EngineError
+
+REFERENCE_SUFFIX = "+reference"
+"""Local part of the version of a TensorRT-LLM that computes on the CPU, to test what drives it."""
+
+
+def check_installation(device: Literal["cpu", "cuda"]) -> None:
+    """Raise EngineError, with the way out, unless the TensorRT-LLM that is installed runs
+    prebuilt engines on this device. Imports it, which takes seconds."""
+    try:
+        import tensorrt_llm
+    # OSError: one of the CUDA libraries that it loads is missing.
+    except (ImportError, OSError) as error:
+        raise EngineError(
+            f"TensorRT-LLM cannot be imported: {error}; install it on a machine with an NVIDIA "
+            f"GPU, with `pip install tensorrt-llm=={SUPPORTED_VERSION}`, or serve another engine "
+            "(`engine: {kind: torch}`)"
+        ) from error
+    check_version(tensorrt_llm.__version__, device)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise EngineError(
+            "engine.device is cuda, but PyTorch sees no CUDA device; TensorRT-LLM engines need one"
+        )
+
+
+def check_version(version: str, device: Literal["cpu", "cuda"]) -> None:
+    """Raise EngineError unless this release of TensorRT-LLM runs prebuilt engines on the device."""
+    if not is_supported_version(version):
+        raise EngineError(
+            f"TensorRT-LLM {version} is installed, serving prebuilt engines needs "
+            f"{SUPPORTED_VERSION}: it is the last stable release with the engine backend, which "
+            "1.3.0rc21 and later no longer have, and the one whose engine inputs this driver was "
+            f"written for; install tensorrt-llm=={SUPPORTED_VERSION}, or stay with your release "
+            "and serve another engine (`engine: {kind: torch}`)"
+        )
+    if device == "cpu" and not version.endswith(REFERENCE_SUFFIX):
+        raise EngineError(
+            f"engine.device is cpu, but TensorRT-LLM {version} runs on CUDA alone; set "
+            "engine.device to cuda"
+        )
