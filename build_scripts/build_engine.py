@@ -1,8 +1,8 @@
-"""Turns a packaged checkpoint into an engine directory.
+"""Turns a model into an engine directory, as a recipe says.
 
     python -m build_scripts.build_engine configs/engines/smollm2-135m.yaml [--force]
 
-The directory holds
+A recipe of kind `trtllm` is built by `build_scripts.trtllm`. Of any other, the directory holds
 
     config.json              architecture, in Hugging Face's keys
     model.safetensors        weights, in Hugging Face's names
@@ -15,26 +15,25 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from build_scripts.packaged_file import find_checkpoint
 from build_scripts.progress import WorkProgress, work_progress
 from build_scripts.recipe import EngineRecipe
 from build_scripts.staging import exclusive, staged
-from engines.manifest import (
-    MANIFEST_FILE,
-    EngineManifest,
-    FileEntry,
-    hash_files,
-    read_manifest,
-    write_manifest,
-)
-from orchestrator.core.errors import ConfigError, EngineDirectoryError, ProServeError
+from build_scripts.target import check_replaceable, reason_to_build
+from build_scripts.trtllm.build import Target, build_targets, dry_run_lines
+from build_scripts.trtllm.matrix import recipe_variants
+from build_scripts.trtllm.recipe import TrtLlmRecipe
+from engines.manifest import EngineManifest, FileEntry, hash_files, write_manifest
+from orchestrator.core.errors import ConfigError, ProServeError
 from orchestrator.yaml_config import load_yaml_model
 
 if TYPE_CHECKING:
@@ -45,6 +44,28 @@ _CONTENT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokeniz
 _PACKAGES = ("gguf", "numpy", "safetensors", "tokenizers", "torch")
 
 
+class _RecipeKind(BaseModel):
+    """What of a recipe says which build reads the rest."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
+
+    kind: Literal["gguf", "trtllm"] = "gguf"
+    """Name of the build."""
+
+
+def load_recipe(path: Path) -> EngineRecipe | TrtLlmRecipe:
+    """Return the recipe in a file, of either kind.
+
+    Raises:
+        ConfigError: it cannot be read or does not fit its kind.
+    """
+    match load_yaml_model(path, _RecipeKind).kind:
+        case "gguf":
+            return load_yaml_model(path, EngineRecipe)
+        case "trtllm":
+            return load_yaml_model(path, TrtLlmRecipe)
+
+
 def build_engine(recipe_path: Path, output_dir: Path | None = None, *, force: bool = False) -> Path:
     """Return the engine directory of a recipe, built unless it is already there.
 
@@ -53,20 +74,82 @@ def build_engine(recipe_path: Path, output_dir: Path | None = None, *, force: bo
 
     Raises:
         ConfigError: the recipe, or what it names, cannot be used.
-        EngineDirectoryError: the output directory holds something that no build wrote.
+        EngineDirectoryError: the output directory holds something that no build wrote, or the
+            engine that was built cannot be served.
         EngineError: the engine that was built cannot be profiled.
+        BuildError: a command of the build failed.
     """
+    recipe = load_recipe(recipe_path)
+    if isinstance(recipe, TrtLlmRecipe):
+        target = Target.of(recipe, output_dir)
+        build_targets([target], recipe.name, force=force)
+        return target.engine_dir
+    return _build_from_gguf(recipe, output_dir, force=force)
+
+
+def build_matrix(recipe_path: Path, *, force: bool = False) -> list[Path]:
+    """Return the engine directories of a recipe's variants, each built as by `build_engine`.
+
+    Raises:
+        ConfigError, BuildError: as `build_engine`; the others are built all the same.
+    """
+    recipe = _trtllm_recipe(recipe_path, "--matrix")
+    targets = [Target.of(variant) for variant in recipe_variants(recipe, recipe_path)]
+    build_targets(targets, recipe.name, force=force)
+    return [target.engine_dir for target in targets]
+
+
+def commands_of(recipe_path: Path, *, matrix: bool = False) -> list[str]:
+    """Return the commands that a build would run, one a line, quoted for a shell.
+
+    Raises:
+        ConfigError: the recipe cannot be used, or is of a kind that runs no commands.
+    """
+    recipe = _trtllm_recipe(recipe_path, "--dry-run")
+    return dry_run_lines(recipe_variants(recipe, recipe_path) if matrix else [recipe])
+
+
+def run(
+    recipe_path: Path, output_dir: Path | None, *, force: bool, matrix: bool, dry_run: bool
+) -> None:
+    """Do what the options of a command line ask for; commands go to standard output.
+
+    Raises:
+        ConfigError: two options contradict each other.
+        ConfigError, EngineDirectoryError, EngineError, BuildError: as `build_engine`.
+    """
+    if matrix and output_dir is not None:
+        raise ConfigError(
+            "--output-dir names one directory, --matrix makes several; leave one of them out, or "
+            "write an output_dir into each variant"
+        )
+    if dry_run:
+        lines = commands_of(recipe_path, matrix=matrix)
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
+    elif matrix:
+        build_matrix(recipe_path, force=force)
+    else:
+        build_engine(recipe_path, output_dir, force=force)
+
+
+def _trtllm_recipe(path: Path, option: str) -> TrtLlmRecipe:
+    recipe = load_recipe(path)
+    if not isinstance(recipe, TrtLlmRecipe):
+        raise ConfigError(f"{path}: {option} is for recipes of kind trtllm; leave it out")
+    return recipe
+
+
+def _build_from_gguf(recipe: EngineRecipe, output_dir: Path | None, *, force: bool) -> Path:
     console = Console(stderr=True)
-    recipe = load_yaml_model(recipe_path, EngineRecipe)
     target = output_dir or recipe.output_dir or Path("built_engines") / recipe.name
     source = find_checkpoint(recipe.source)
     build_hash = recipe.build_hash(FileEntry.of(source).sha256)
     with exclusive(target):
-        reason = "forced" if force else _reason_to_build(target, build_hash)
+        reason = "forced" if force else reason_to_build(target, build_hash)
         if reason is None:
             console.print(f"{target} is up to date", highlight=False, soft_wrap=True)
             return target
-        _check_replaceable(target)
+        check_replaceable(target, _CONTENT_FILES.__contains__)
         console.print(f"Building {target} ({reason})", highlight=False, soft_wrap=True)
         with staged(target) as staging, work_progress(console) as progress:
             _build(recipe, source, staging, build_hash, progress)
@@ -74,38 +157,15 @@ def build_engine(recipe_path: Path, output_dir: Path | None = None, *, force: bo
     return target
 
 
-def _reason_to_build(target: Path, build_hash: str) -> str | None:
-    """Return why the directory has to be built; None if it is up to date."""
-    if not target.exists():
-        return "it does not exist"
-    try:
-        manifest = read_manifest(target)
-    except EngineDirectoryError as error:
-        return f"damaged: {error}"
-    return None if manifest.build_hash == build_hash else "its recipe or source has changed"
-
-
-def _check_replaceable(target: Path) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise EngineDirectoryError(f"{target} is a file; choose another output directory")
-    foreign = sorted({p.name for p in target.iterdir()} - {*_CONTENT_FILES, MANIFEST_FILE})
-    if foreign:
-        raise EngineDirectoryError(
-            f"{target} holds {foreign[0]}, which no build wrote; remove it or choose another "
-            "output directory"
-        )
-
-
 def _build(
     recipe: EngineRecipe, source: Path, staging: Path, build_hash: str, progress: WorkProgress
 ) -> None:
     # They need torch, which takes seconds to import: too long for a build that does nothing.
     from build_scripts.gguf_checkpoint import GgufCheckpoint
-    from build_scripts.profile_copies import describe_copies, measure_copy_profile
-    from build_scripts.profile_engine import describe
+    from build_scripts.profile_copies import describe_copies
+    from build_scripts.profile_engine import describe, measure_torch_copies
     from build_scripts.tokenizer_files import write_tokenizer_files
+    from engines.torch_engine.engine import DTYPES
 
     checkpoint = GgufCheckpoint(source)
     config, vocabulary = checkpoint.config(), checkpoint.vocabulary()
@@ -134,7 +194,7 @@ def _build(
     _write_weights(checkpoint, staging, progress)
     measured = _profile(recipe, staging, progress)
     layout = config.kv_layout(recipe.block_size_tokens)
-    copy_profile = measure_copy_profile(layout, recipe.profile)
+    copy_profile = measure_torch_copies(layout, recipe.profile)
     write_manifest(
         staging,
         EngineManifest(
@@ -153,7 +213,8 @@ def _build(
             profile_conditions=measured.conditions,
         ),
     )
-    for line in (describe(measured), describe_copies(copy_profile, layout, recipe.profile)):
+    copies = describe_copies(copy_profile, layout, DTYPES[recipe.profile.dtype])
+    for line in (describe(measured), copies):
         progress.console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -190,6 +251,8 @@ def _profile(recipe: EngineRecipe, staging: Path, progress: WorkProgress) -> Mea
         return profile_engine(
             engine,
             recipe.profile,
+            device=recipe.profile.device,
+            dtype=recipe.profile.dtype,
             vocab_size=config.vocab_size,
             on_progress=progress.part("Profiling", 1.0),
         )
@@ -203,12 +266,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", type=Path, help="YAML file, such as those in configs/engines")
     parser.add_argument("--output-dir", type=Path, help="in place of the recipe's")
     parser.add_argument("--force", action="store_true", help="build even if nothing has changed")
+    parser.add_argument("--matrix", action="store_true", help="build every variant of the recipe")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, run none")
     options = parser.parse_args(arguments)
     try:
-        build_engine(options.recipe, options.output_dir, force=options.force)
+        run(
+            options.recipe,
+            options.output_dir,
+            force=options.force,
+            matrix=options.matrix,
+            dry_run=options.dry_run,
+        )
     except ProServeError as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT  # as shells say it
     return 0
 
 

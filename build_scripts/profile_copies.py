@@ -16,10 +16,8 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from build_scripts.recipe import ProfileSettings
 from engines.kv_copies import KVCopies
 from engines.kv_pool import KVLayout, KVPool
-from engines.torch_engine.engine import DTYPES, NUM_LAYER_GROUPS
 from orchestrator.core.errors import EngineError
 from orchestrator.core.kv_transfer import CopyProfile, KVTransfer, TransferDirection
 
@@ -48,27 +46,30 @@ class CopyCase:
     num_blocks: int
 
 
-def measure_copy_profile(layout: KVLayout, settings: ProfileSettings) -> CopyProfile:
+def measure_copy_profile(
+    layout: KVLayout, dtype: torch.dtype, device: str, *, num_layer_groups: int, max_s: float
+) -> CopyProfile:
     """Return how long copies of blocks of this shape take on an idle machine.
 
-    Takes up to 4 s and, for as long, the memory of 192 blocks of a 7B model on either side.
+    Blocks are copied in `num_layer_groups` parts, or as many as there are layers. Takes up to
+    `max_s`, 4 s at most, and, for as long, the memory of 192 blocks of a 7B model on either side.
 
     Raises:
         EngineError: the measurements do not behave like copies, or the memory is not there.
     """
-    counts = _block_counts(layout.block_bytes(DTYPES[settings.dtype]))
+    counts = _block_counts(layout.block_bytes(dtype))
     num_blocks = 3 * max(counts)  # a contended copy and the one against it
     pool = KVPool(
         layout,
         num_blocks,
         num_host_blocks=num_blocks,
-        dtype=DTYPES[settings.dtype],
-        device=torch.device(settings.device),
+        dtype=dtype,
+        device=torch.device(device),
     )
-    copies = KVCopies(pool, num_layer_groups=min(NUM_LAYER_GROUPS, layout.num_layers))
+    copies = KVCopies(pool, num_layer_groups=min(num_layer_groups, layout.num_layers))
     try:
         stopwatch = _Stopwatch(copies, num_blocks)
-        return fit_copy_profile(_measure(stopwatch, counts, min(settings.max_s, _MAX_S)))
+        return fit_copy_profile(_measure(stopwatch, counts, min(max_s, _MAX_S)))
     finally:
         copies.close()
         pool.close()
@@ -101,9 +102,9 @@ def fit_copy_profile(durations_s: Mapping[CopyCase, float]) -> CopyProfile:
         raise EngineError(f"the fit over {len(measured_s)} copies failed: {error}") from error
 
 
-def describe_copies(profile: CopyProfile, layout: KVLayout, settings: ProfileSettings) -> str:
+def describe_copies(profile: CopyProfile, layout: KVLayout, dtype: torch.dtype) -> str:
     """Return one line for a person."""
-    block_bytes = layout.block_bytes(DTYPES[settings.dtype])
+    block_bytes = layout.block_bytes(dtype)
 
     def rate(block_s: float) -> str:
         return f"{block_bytes / block_s / 1e9:.1f} GB/s" if block_s else "no time"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from build_scripts.hardware import hardware_name
 from build_scripts.latency_fit import (
     StepSample,
     fit_latency_profile,
@@ -36,11 +36,14 @@ from build_scripts.profile_plans import (
     prefill_grid,
 )
 from build_scripts.progress import work_progress
-from build_scripts.recipe import ProfileSettings
+from build_scripts.recipe import ProfileSettings, StepGrid
+from engines.kv_pool import KVLayout
 from engines.manifest import ProfileConditions, read_manifest, write_manifest
 from engines.torch_engine import TorchEngine, TorchEngineOptions
+from engines.torch_engine.engine import DTYPES, NUM_LAYER_GROUPS
 from engines.torch_engine.weights import read_config
 from orchestrator.core.errors import EngineError, ProServeError
+from orchestrator.core.kv_transfer import CopyProfile
 from orchestrator.core.latency import BatchShape, LatencyProfile
 from orchestrator.core.ports import Engine
 
@@ -69,43 +72,45 @@ def engine_options(settings: ProfileSettings, *, max_model_len: int) -> TorchEng
 
 def profile_engine(
     engine: Engine,
-    settings: ProfileSettings,
+    grid: StepGrid,
     *,
+    device: str,
+    dtype: str,
     vocab_size: int,
     on_progress: Callable[[float], None] = lambda _: None,
 ) -> MeasuredProfile:
     """Return the latency profile of an idle engine.
 
-    `on_progress` is called with the share that is done, from 0 to 1.
+    `device` and `dtype` are where and in which precision it runs, for the record. `on_progress`
+    is called with the share that is done, from 0 to 1.
 
     Raises:
         EngineError: the measurements do not behave like a model's steps, or the fit is off by
-            more than `settings.max_mean_error`.
+            more than `grid.max_mean_error`.
     """
     limits = engine.capabilities
-    runnable = (pieces for pieces in mixed_steps(settings) if fits(pieces, limits))
-    mixed = list(itertools.islice(runnable, settings.num_mixed_steps))
-    grids = [p for p in prefill_grid(settings) + decode_grid(settings) if fits(p, limits)]
+    runnable = (pieces for pieces in mixed_steps(grid) if fits(pieces, limits))
+    mixed = list(itertools.islice(runnable, grid.num_mixed_steps))
+    grids = [p for p in prefill_grid(grid) + decode_grid(grid) if fits(p, limits)]
     steps = grids + mixed
-    samples = _measure(engine, steps, settings, vocab_size=vocab_size, on_progress=on_progress)
+    samples = _measure(engine, steps, grid, vocab_size=vocab_size, on_progress=on_progress)
     first_mixed = len(grids)
     fitted = samples[:first_mixed] + samples[first_mixed::2]
     held_out = samples[first_mixed + 1 :: 2] or fitted
     profile = fit_latency_profile(fitted)
     error = mean_absolute_percentage_error(profile, fitted)
-    if error > settings.max_mean_error:
+    if error > grid.max_mean_error:
         raise EngineError(
             f"the latency fit is off by {error:.0%} on average, the limit is "
-            f"{settings.max_mean_error:.0%}; is something else using the machine? profile again"
+            f"{grid.max_mean_error:.0%}; is something else using the machine? profile again"
         )
-    is_cuda = settings.device == "cuda"
     return MeasuredProfile(
         profile,
         ProfileConditions(
-            device=settings.device,
-            dtype=settings.dtype,
+            device=device,
+            dtype=dtype,
             num_threads=torch.get_num_threads(),
-            hardware=torch.cuda.get_device_name() if is_cuda else _processor_name(),
+            hardware=hardware_name(device),
             torch_version=torch.__version__,
             num_samples=len(fitted),
             mean_absolute_percentage_error=error,
@@ -114,10 +119,25 @@ def profile_engine(
     )
 
 
+def measure_torch_copies(layout: KVLayout, settings: ProfileSettings) -> CopyProfile:
+    """Return how long copies of the torch engine's KV blocks take.
+
+    Raises:
+        EngineError: as `measure_copy_profile`.
+    """
+    return measure_copy_profile(
+        layout,
+        DTYPES[settings.dtype],
+        settings.device,
+        num_layer_groups=NUM_LAYER_GROUPS,
+        max_s=settings.max_s,
+    )
+
+
 def _measure(
     engine: Engine,
     steps: Sequence[Sequence[Piece]],
-    settings: ProfileSettings,
+    grid: StepGrid,
     *,
     vocab_size: int,
     on_progress: Callable[[float], None],
@@ -133,31 +153,20 @@ def _measure(
         engine.step(plans.plan(pieces))
     durations: list[list[float]] = [[] for _ in steps]
     started_s = time.perf_counter()
-    for repeat in range(settings.num_repeats):
+    for repeat in range(grid.num_repeats):
         for index, (pieces, seconds) in enumerate(zip(steps, durations, strict=True)):
             spent_s = time.perf_counter() - started_s
-            if repeat > 0 and spent_s > settings.max_s:
+            if repeat > 0 and spent_s > grid.max_s:
                 break
             seconds.append(engine.step(plans.plan(pieces)).step_s)
-            by_count = (repeat + (index + 1) / len(steps)) / settings.num_repeats
-            on_progress(max(by_count, min(spent_s / settings.max_s, 1.0)) if repeat else by_count)
+            by_count = (repeat + (index + 1) / len(steps)) / grid.num_repeats
+            on_progress(max(by_count, min(spent_s / grid.max_s, 1.0)) if repeat else by_count)
     on_progress(1.0)
     engine.step(plans.plan(()))  # so that the engine forgets the last requests
     return [
         StepSample(sum((piece.shape for piece in pieces), BatchShape()), min(seconds))
         for pieces, seconds in zip(steps, durations, strict=True)
     ]
-
-
-def _processor_name() -> str:
-    """Return the processor's marketing name where Linux tells it, else its architecture."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.machine()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -184,11 +193,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with work_progress(console) as progress:
             advance = progress.part("Profiling", 1.0)
             measured = profile_engine(
-                engine, settings, vocab_size=manifest.vocab_size, on_progress=advance
+                engine,
+                settings,
+                device=settings.device,
+                dtype=settings.dtype,
+                vocab_size=manifest.vocab_size,
+                on_progress=advance,
             )
         engine.close()
         layout = read_config(options.engine_dir).kv_layout(manifest.block_size_tokens)
-        copy_profile = measure_copy_profile(layout, settings)
+        copy_profile = measure_torch_copies(layout, settings)
         write_manifest(
             options.engine_dir,
             replace(
@@ -201,7 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ProServeError as error:
         console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         return 1
-    for line in (describe(measured), describe_copies(copy_profile, layout, settings)):
+    copies = describe_copies(copy_profile, layout, DTYPES[settings.dtype])
+    for line in (describe(measured), copies):
         console.print(line, highlight=False, soft_wrap=True)
     return 0
 

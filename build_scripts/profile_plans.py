@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from build_scripts.recipe import ProfileSettings
+from build_scripts.recipe import StepGrid
 from orchestrator.core.latency import BatchShape
 from orchestrator.core.ports import (
     EngineCapabilities,
@@ -38,33 +38,33 @@ class Piece:
         return BatchShape.of_prefill(self.num_new_tokens, self.num_cached_tokens)
 
 
-def prefill_grid(settings: ProfileSettings) -> list[tuple[Piece, ...]]:
+def prefill_grid(grid: StepGrid) -> list[tuple[Piece, ...]]:
     """Return steps of one prefill piece each."""
     return [
         (Piece(new, cached, is_decode=False),)
-        for new in settings.prefill_new_tokens
-        for cached in settings.prefill_cached_tokens
+        for new in grid.prefill_new_tokens
+        for cached in grid.prefill_cached_tokens
     ]
 
 
-def decode_grid(settings: ProfileSettings) -> list[tuple[Piece, ...]]:
+def decode_grid(grid: StepGrid) -> list[tuple[Piece, ...]]:
     """Return decode-only steps of equal contexts."""
     return [
         (Piece(1, cached, is_decode=True),) * batch_size
-        for batch_size in settings.decode_batch_sizes
-        for cached in settings.decode_cached_tokens
+        for batch_size in grid.decode_batch_sizes
+        for cached in grid.decode_cached_tokens
     ]
 
 
-def mixed_steps(settings: ProfileSettings) -> Iterator[tuple[Piece, ...]]:
+def mixed_steps(grid: StepGrid) -> Iterator[tuple[Piece, ...]]:
     """Yield random steps of one prefill piece and some decodes of different contexts; the
     same ones each time, without end."""
     generator = np.random.default_rng(0)
     while True:
-        num_decodes = int(generator.integers(1, max(settings.decode_batch_sizes) // 2 + 2))
-        contexts = generator.integers(1, max(settings.decode_cached_tokens), num_decodes)
-        new = int(generator.integers(2, max(settings.prefill_new_tokens) // 2 + 3))
-        cached = int(generator.choice(settings.prefill_cached_tokens))
+        num_decodes = int(generator.integers(1, max(grid.decode_batch_sizes) // 2 + 2))
+        contexts = generator.integers(1, max(grid.decode_cached_tokens), num_decodes)
+        new = int(generator.integers(2, max(grid.prefill_new_tokens) // 2 + 3))
+        cached = int(generator.choice(grid.prefill_cached_tokens))
         yield (
             Piece(new, cached, is_decode=False),
             *(Piece(1, int(context), is_decode=True) for context in contexts),

@@ -25,6 +25,17 @@ class WorkProgress:
         task = self._progress.add_task(name, total=total)
         return lambda done: self._progress.update(task, completed=done)
 
+    @contextmanager
+    def running(self, name: str) -> Iterator[None]:
+        """Show a bar that moves while the block runs, of which nobody knows how long it takes."""
+        task = self._progress.add_task(name, total=None)
+        try:
+            yield
+        except BaseException:
+            self._progress.stop_task(task)
+            raise
+        self._progress.update(task, total=1, completed=1)
+
 
 @contextmanager
 def work_progress(console: Console) -> Iterator[WorkProgress]:

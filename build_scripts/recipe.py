@@ -11,13 +11,15 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 BUILD_VERSION = 2
 """Raise it whenever the build would write other bytes: finished directories are then rebuilt."""
 
-_STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+EngineName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 
 
 class CheckpointSource(BaseModel):
     """A GGUF file inside an installed Python package, which is never imported."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     package: str
     """Distribution name, as given to pip."""
@@ -32,26 +34,13 @@ class CheckpointSource(BaseModel):
     """Path of the GGUF file inside that folder."""
 
 
-class ProfileSettings(BaseModel):
+class StepGrid(BaseModel):
     """Which steps are measured for the latency profile, and for how long.
 
-    The defaults suit two CPU cores. Combinations that do not fit into the KV blocks or the
-    model's length are left out.
+    Combinations that do not fit into the KV blocks or the engine's limits are left out.
     """
 
-    model_config = _STRICT
-
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where to measure."""
-
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision to measure in."""
-
-    num_threads: PositiveInt | None = None
-    """CPU threads; by default as many as PyTorch finds cores."""
-
-    num_device_blocks: PositiveInt = 1024
-    """KV blocks of the measured engine."""
+    model_config = STRICT
 
     prefill_new_tokens: tuple[PositiveInt, ...] = (16, 64, 128, 256, 512)
     """Sizes of prefill pieces."""
@@ -79,12 +68,37 @@ class ProfileSettings(BaseModel):
     """Mean absolute percentage error, as a fraction, over which the fit is refused."""
 
 
+class TorchMeasurement(BaseModel):
+    """How the torch engine is run while it is measured."""
+
+    model_config = STRICT
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to measure."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision to measure in."""
+
+    num_threads: PositiveInt | None = None
+    """CPU threads; by default as many as PyTorch finds cores."""
+
+    num_device_blocks: PositiveInt = 1024
+    """KV blocks of the measured engine."""
+
+
+class ProfileSettings(StepGrid, TorchMeasurement):
+    """How the torch engine is profiled. The defaults suit two CPU cores."""
+
+
 class EngineRecipe(BaseModel):
     """One engine directory to build."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+    kind: Literal["gguf"] = "gguf"
+    """Which build reads this file."""
+
+    name: EngineName
     """Model name that clients ask for; also the directory's name unless `output_dir` is set."""
 
     source: CheckpointSource
@@ -108,7 +122,8 @@ class EngineRecipe(BaseModel):
     def build_hash(self, source_sha256: str) -> str:
         """Return the hash of everything that decides the directory's content.
 
-        The output directory is not part of it, so that a directory can be moved.
+        The output directory is not part of it, so that a directory can be moved; nor is the
+        kind, which every recipe of this model shares.
         """
-        recipe = self.model_dump_json(exclude={"output_dir"})
+        recipe = self.model_dump_json(exclude={"output_dir", "kind"})
         return hashlib.sha256(f"{BUILD_VERSION}\n{source_sha256}\n{recipe}".encode()).hexdigest()

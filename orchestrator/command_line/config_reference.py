@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from build_scripts.recipe import EngineRecipe
+from build_scripts.trtllm.recipe import TrtLlmRecipe
 from orchestrator.command_line.deployment import DeploymentConfig
 from orchestrator.config import NodeConfig
 from router.config import RouterConfig
@@ -39,11 +40,18 @@ it equal to them. Unknown keys are refused with file, line and the nearest valid
 | one node's YAML | `proserve node FILE` | [NodeConfig](#nodeconfig) |
 | one router's YAML | `proserve router FILE` | [RouterConfig](#routerconfig) |
 | `configs/engines/*.yaml` | `proserve build FILE` | [EngineRecipe](#enginerecipe) |
+| the same, `kind: trtllm` | `proserve build FILE` | [TrtLlmRecipe](#trtllmrecipe) |
 
 Sizes in bytes may be written with a unit, such as `512MiB`.
 """
 
-ROOTS: tuple[type[BaseModel], ...] = (DeploymentConfig, NodeConfig, RouterConfig, EngineRecipe)
+ROOTS: tuple[type[BaseModel], ...] = (
+    DeploymentConfig,
+    NodeConfig,
+    RouterConfig,
+    EngineRecipe,
+    TrtLlmRecipe,
+)
 
 
 def render() -> str:
@@ -135,7 +143,7 @@ def _annotation_name(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return " or ".join(f"`{member.value}`" for member in annotation)
     names = {str: "text", int: "integer", float: "number", bool: "true or false"}
-    names |= {Path: "path", ByteSize: "size in bytes"}
+    names |= {Path: "path", ByteSize: "size in bytes", Any: "anything"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 

@@ -92,11 +92,15 @@ def build(
     ] = None,
     *,
     force: Annotated[bool, typer.Option(help="Build even if nothing has changed.")] = False,
+    matrix: Annotated[bool, typer.Option(help="Build every variant of a trtllm recipe.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Print the commands of a trtllm recipe, run none.")
+    ] = False,
 ) -> None:
     """Turn a model into a prebuilt engine directory; unchanged input is a no-op."""
-    from build_scripts.build_engine import build_engine
+    from build_scripts.build_engine import run
 
-    build_engine(recipe, output_dir, force=force)
+    run(recipe, output_dir, force=force, matrix=matrix, dry_run=dry_run)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 ProServeError
 |-- ConfigError               a YAML file or a flag says something impossible
+|-- BuildError                a step of an engine build failed
 |-- RequestRejected           a client asked for something we do not serve      -> HTTP 4xx
 |-- NodeUnavailable           no node can take the request now                  -> HTTP 503
 |-- EngineError
@@ -22,6 +23,10 @@ class ProServeError(Exception):
 
 class ConfigError(ProServeError):
     """A configuration names an impossible or unknown setting."""
+
+
+class BuildError(ProServeError):
+    """A step of an engine build failed; the steps before it need not be run again."""
 
 
 class RequestRejected(ProServeError):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from build_scripts.profile_copies import (
     CopyCase,
@@ -10,7 +11,6 @@ from build_scripts.profile_copies import (
     fit_copy_profile,
     measure_copy_profile,
 )
-from build_scripts.recipe import ProfileSettings
 from engines.kv_pool import KVLayout
 from orchestrator.core.errors import EngineError
 from orchestrator.core.kv_transfer import CopyProfile, TransferDirection
@@ -68,7 +68,7 @@ def test_copies_that_take_the_same_time_whatever_their_size_are_refused() -> Non
 
 
 def test_real_copies_can_be_measured() -> None:
-    profile = measure_copy_profile(LAYOUT, ProfileSettings())
+    profile = measure_copy_profile(LAYOUT, torch.float32, "cpu", num_layer_groups=4, max_s=3.0)
 
     assert profile.onboard_block_s > 0
     assert profile.offload_block_s > 0
@@ -76,7 +76,7 @@ def test_real_copies_can_be_measured() -> None:
 
 def test_the_line_for_a_person_tells_rates() -> None:
     """196,608 bytes in 100 microseconds are 2 GB a second."""
-    line = describe_copies(PROFILE, LAYOUT, ProfileSettings())
+    line = describe_copies(PROFILE, LAYOUT, torch.float32)
 
     assert "onboard 2.0 GB/s (0.7 GB/s beside an offload)" in line
     assert "offload 1.0 GB/s (0.4 GB/s beside an onboard)" in line

@@ -1,17 +1,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from build_scripts.profile_engine import main, profile_engine
+from build_scripts.profile_engine import MeasuredProfile, main, profile_engine
 from build_scripts.recipe import ProfileSettings
 from engines.manifest import read_manifest
 from orchestrator.core.errors import EngineError
-from orchestrator.core.latency import BatchLatencyModel, BatchShape, LatencyProfile
-from orchestrator.core.ports import EngineCapabilities, SchedulerOutput, StepOutput
+from orchestrator.core.ports import Engine, SchedulerOutput, StepOutput
+from tests.build_scripts.clockwork_engine import PROFILE, ClockworkEngine
 from tests.engines.tiny_llama import tiny_config, tiny_engine, write_tiny_engine_dir
 from tests.factories import make_capabilities
 
@@ -24,18 +25,6 @@ SETTINGS = ProfileSettings(
     num_repeats=2,
 )
 
-PROFILE = LatencyProfile(
-    prefill_quadratic_s=1e-6,
-    prefill_context_s=1e-6,
-    prefill_token_s=1e-3,
-    prefill_cached_s=1e-5,
-    decode_context_s=1e-5,
-    decode_token_s=2e-3,
-    mixed_step_s=0.03,
-    decode_step_s=0.02,
-)
-
-
 # Wide enough that a prompt's tokens cost more than the noise of a shared machine.
 WIDE = tiny_config(
     hidden_size=256,
@@ -46,30 +35,19 @@ WIDE = tiny_config(
 )
 
 
-@dataclass
-class ClockworkEngine:
-    """Takes exactly as long as its profile says, and keeps what it was given."""
-
-    capabilities: EngineCapabilities = field(default_factory=make_capabilities)
-    profile: LatencyProfile = PROFILE
-    plans: list[SchedulerOutput] = field(default_factory=list)
-
-    def step(self, plan: SchedulerOutput) -> StepOutput:
-        self.plans.append(plan)
-        shape = BatchShape()
-        for part in plan.scheduled:
-            if part.request.is_decoding:
-                shape += BatchShape.of_decode(part.num_computed_tokens)
-            else:
-                shape += BatchShape.of_prefill(part.num_new_tokens, part.num_computed_tokens)
-        step_s = BatchLatencyModel(self.profile).predict_s(shape)
-        return StepOutput(step_id=plan.step_id, new_token_ids={}, step_s=step_s)
-
-    def close(self) -> None: ...
+def measure(
+    engine: Engine,
+    settings: ProfileSettings = SETTINGS,
+    *,
+    on_progress: Callable[[float], None] = lambda _: None,
+) -> MeasuredProfile:
+    return profile_engine(
+        engine, settings, device="cpu", dtype="float32", vocab_size=97, on_progress=on_progress
+    )
 
 
 def test_the_profile_of_an_engine_that_follows_the_model_is_exact() -> None:
-    measured = profile_engine(ClockworkEngine(), SETTINGS, vocab_size=97)
+    measured = measure(ClockworkEngine())
 
     for name, value in PROFILE.to_dict().items():
         assert getattr(measured.profile, name) == pytest.approx(value, rel=1e-6), name
@@ -79,7 +57,7 @@ def test_the_profile_of_an_engine_that_follows_the_model_is_exact() -> None:
 def test_measured_decodes_are_decodes() -> None:
     """One new token each, the last one known, after output that is already there."""
     engine = ClockworkEngine()
-    profile_engine(engine, SETTINGS, vocab_size=97)
+    measure(engine)
 
     parts = [part for plan in engine.plans for part in plan.scheduled]
     decodes = [part for part in parts if part.request.is_decoding]
@@ -89,7 +67,7 @@ def test_measured_decodes_are_decodes() -> None:
 
 def test_requests_of_a_step_never_share_blocks() -> None:
     engine = ClockworkEngine()
-    profile_engine(engine, SETTINGS, vocab_size=97)
+    measure(engine)
 
     for plan in engine.plans:
         block_ids = [block for part in plan.scheduled for block in part.block_ids]
@@ -99,7 +77,7 @@ def test_requests_of_a_step_never_share_blocks() -> None:
 def test_steps_beyond_the_engine_limits_are_left_out() -> None:
     limits = make_capabilities(max_num_seqs=4, max_model_len=90, num_device_blocks=12)
     engine = ClockworkEngine(limits)
-    profile_engine(engine, SETTINGS, vocab_size=97)
+    measure(engine)
 
     assert max(len(plan.scheduled) for plan in engine.plans) == 4
     parts = [part for plan in engine.plans for part in plan.scheduled]
@@ -109,7 +87,7 @@ def test_steps_beyond_the_engine_limits_are_left_out() -> None:
 def test_every_step_is_measured_once_even_without_time() -> None:
     engine = ClockworkEngine()
     hurried = SETTINGS.model_copy(update={"max_s": 1e-9})
-    profile_engine(engine, hurried, vocab_size=97)
+    measure(engine, hurried)
 
     num_steps = 3 * 2 + 3 * 3 + 8
     assert len(engine.plans) == 2 + num_steps + 1  # two warm-ups first, one empty plan last
@@ -117,7 +95,7 @@ def test_every_step_is_measured_once_even_without_time() -> None:
 
 def test_progress_ends_complete_and_never_goes_back() -> None:
     seen: list[float] = []
-    profile_engine(ClockworkEngine(), SETTINGS, vocab_size=97, on_progress=seen.append)
+    measure(ClockworkEngine(), on_progress=seen.append)
 
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
@@ -132,17 +110,13 @@ def test_a_fit_that_is_far_off_is_refused() -> None:
             return replace(output, step_s=output.step_s * (100 if plan.step_id % 2 else 1))
 
     with pytest.raises(EngineError, match=r"off by \d+% on average, the limit is 20%"):
-        profile_engine(
-            Erratic(),
-            SETTINGS.model_copy(update={"max_mean_error": 0.2, "num_repeats": 1}),
-            vocab_size=97,
-        )
+        measure(Erratic(), SETTINGS.model_copy(update={"max_mean_error": 0.2, "num_repeats": 1}))
 
 
 def test_the_real_engine_can_be_profiled() -> None:
     engine = tiny_engine(WIDE, max_num_seqs=9, num_device_blocks=300)
 
-    measured = profile_engine(engine, SETTINGS, vocab_size=97)
+    measured = measure(engine)
 
     assert measured.profile.prefill_token_s + measured.profile.prefill_quadratic_s > 0
     assert measured.conditions.num_samples == 3 * 2 + 3 * 3 + 4
