@@ -91,8 +91,9 @@ class EngineMaker:
         while self._open:
             self._open.pop().close()
 
-    def _write_trtllm_dir(self, tensors: Mapping[str, torch.Tensor] | None) -> Path:
-        """Write a reference engine of the tiny model; its limits are the largest of any test."""
+    def write_trtllm_dir(self, tensors: Mapping[str, torch.Tensor] | None = None) -> Path:
+        """Write a reference engine of the tiny model, with the largest limits of any test, and
+        return its directory."""
         config = tiny_config()
         spec = llama_spec(
             config, tokens_per_block=BLOCK_SIZE_TOKENS, max_batch_size=16, max_num_tokens=256
@@ -127,7 +128,7 @@ class EngineMaker:
                 )
             case "trtllm":
                 return TrtLlmEngine(
-                    self._write_trtllm_dir(tensors),
+                    self.write_trtllm_dir(tensors),
                     EngineOptions(device="cpu", **limits),
                     copy_blocks=copy_blocks,
                 )

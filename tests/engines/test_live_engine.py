@@ -31,12 +31,11 @@ def test_blocks_that_were_on_the_host_are_read_as_they_were_written(
     lengths = [(2 + index) * size + 3 for index in range(NUM_REQUESTS)]
     names = [str(length) for length in lengths]
     num_blocks = sum(-(-(length + NUM_TOKENS) // size) for length in lengths)
-    limits = {
-        "num_device_blocks": num_blocks,
-        "num_host_blocks": num_blocks,
-        "max_model_len": num_blocks * size,
-    }
-    engine = make_live_engine(**limits)
+    engine = make_live_engine(
+        num_device_blocks=num_blocks,
+        num_host_blocks=num_blocks,
+        max_model_len=num_blocks * size,
+    )
     intruder = (num_blocks - 1) * size
     requests = random_requests(*lengths, intruder, max_tokens=NUM_TOKENS)
     driver = StepDriver(engine, *requests)
