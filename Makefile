@@ -1,4 +1,4 @@
-# Say `make` for what there is. Settings: PYTHON, ENGINE, DEPLOYMENT, ARGS (handed to pytest).
+# Say `make` for what there is. Settings: PYTHON, ENGINE, DEPLOYMENT, ARGS (for pytest or the acceptance).
 PYTHON ?= python3
 ENGINE ?= configs/engines/smollm2-135m.yaml
 DEPLOYMENT ?= configs/deployments/local.yaml
@@ -10,10 +10,10 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine serve test check fix bench peer-vllm clean
+.PHONY: help setup engine serve test check fix bench peer-vllm trtllm-acceptance clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Create .venv with everything; does nothing while its inputs are unchanged
 
@@ -57,6 +57,9 @@ peer-vllm: ## Install vLLM's scheduler (3 GB) to compare with: benchmarks/vllm_s
 	.venv-vllm/bin/pip install --quiet torch==2.13.0
 	.venv-vllm/bin/pip install --quiet --no-deps vllm==0.32.0
 	.venv-vllm/bin/pip install --quiet -r benchmarks/vllm-requirements.txt
+
+trtllm-acceptance: setup ## Check an installed TensorRT-LLM on a GPU; options in ARGS
+	@$(BIN)/python -m tests.trtllm.acceptance $(ARGS)
 
 clean: ## Remove the environment, built engines and caches
 	rm -rf .venv .venv-vllm built_engines build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

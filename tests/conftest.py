@@ -1,12 +1,29 @@
-"""Shared by all tests: where there is no CUDA device, tests marked `gpu` are skipped, visibly."""
+"""Shared by all tests: what cannot run on this machine, or this engine, is skipped, visibly."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` without a device; torch is imported only if there are any."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option with which the engine contract runs on an engine of TensorRT-LLM's own."""
+    parser.addoption(
+        "--trtllm-engine",
+        type=Path,
+        metavar="DIR",
+        help="run the tests of the engine contract on this TensorRT-LLM engine directory",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip tests marked `tiny_model` where another model's engine is tested, and tests marked
+    `gpu` without a device; torch is imported only if there are any."""
+    if config.getoption("--trtllm-engine") is not None:
+        for item in items:
+            if item.get_closest_marker("tiny_model"):
+                item.add_marker(pytest.mark.skip(reason="is about the tests' tiny model"))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from tests.engine_dirs import smollm2_engine_dir
-from tests.engines.contract_engines import EngineMaker, engine_maker
+from tests.engines.contract_engines import EngineKind, EngineMaker, engine_maker
 
 
 @pytest.fixture(scope="session")
@@ -14,15 +14,43 @@ def smollm2_dir() -> Path:
     return smollm2_engine_dir()
 
 
-@pytest.fixture(params=["simulated", "torch", "trtllm"])
+KINDS: Mapping[str, tuple[EngineKind, ...]] = {
+    "make_engine": ("simulated", "torch", "trtllm"),
+    "make_model_engine": ("torch", "trtllm"),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run tests of the contract on every kind of engine, or on that of `--trtllm-engine` alone."""
+    is_live = metafunc.config.getoption("--trtllm-engine") is not None
+    for fixture, kinds in KINDS.items():
+        if fixture in metafunc.fixturenames:
+            metafunc.parametrize(fixture, ("live",) if is_live else kinds, indirect=True)
+
+
+@pytest.fixture
+def live_engine_dir(request: pytest.FixtureRequest) -> Path:
+    """The engine directory of `--trtllm-engine`."""
+    directory: Path | None = request.config.getoption("--trtllm-engine")
+    if directory is None:
+        pytest.skip("needs a TensorRT-LLM engine: --trtllm-engine DIR")
+    return directory
+
+
+@pytest.fixture
 def make_engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EngineMaker]:
     """Makes engines of each kind in turn."""
-    with engine_maker(request.param, tmp_path) as maker:
-        yield maker
+    yield from _maker(request, tmp_path)
 
 
-@pytest.fixture(params=["torch", "trtllm"])
+@pytest.fixture
 def make_model_engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EngineMaker]:
     """Makes engines of each kind that computes tokens from a model in turn."""
-    with engine_maker(request.param, tmp_path) as maker:
+    yield from _maker(request, tmp_path)
+
+
+def _maker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EngineMaker]:
+    is_live = request.param == "live"
+    folder = request.getfixturevalue("live_engine_dir") if is_live else tmp_path
+    with engine_maker(request.param, folder) as maker:
         yield maker

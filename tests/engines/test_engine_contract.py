@@ -83,7 +83,7 @@ def test_tokens_do_not_depend_on_chunks_or_on_the_rest_of_the_batch(
 
     outputs = StepDriver(engine, *random_requests(*lengths)).run(chunk_tokens=chunk_tokens)
 
-    assert outputs == tokens_alone(engine, *lengths)
+    make_model_engine.assert_same_tokens(outputs, tokens_alone(engine, *lengths))
 
 
 def test_one_long_context_decodes_correctly_beside_many_short_ones(
@@ -95,7 +95,7 @@ def test_one_long_context_decodes_correctly_beside_many_short_ones(
 
     outputs = StepDriver(engine, *random_requests(*lengths)).run(chunk_tokens=64)
 
-    assert outputs == tokens_alone(engine, *lengths)
+    make_model_engine.assert_same_tokens(outputs, tokens_alone(engine, *lengths))
 
 
 def test_preemption_by_recompute_does_not_change_tokens(make_model_engine: EngineMaker) -> None:
@@ -111,7 +111,8 @@ def test_preemption_by_recompute_does_not_change_tokens(make_model_engine: Engin
     driver.step({"21": 1})
     driver.preempt("21")
 
-    assert driver.run(chunk_tokens=5) == tokens_alone(engine, 9, 21)
+    outputs = driver.run(chunk_tokens=5)
+    make_model_engine.assert_same_tokens(outputs, tokens_alone(engine, 9, 21))
 
 
 def test_a_random_interleaving_of_everything_does_not_change_tokens(
@@ -127,9 +128,10 @@ def test_a_random_interleaving_of_everything_does_not_change_tokens(
         chosen = generator.sample(names, generator.randint(1, len(names)))
         driver.step({name: generator.choice([1, 2, 7, 20]) for name in chosen})
 
-    assert driver.outputs() == tokens_alone(engine, *lengths)
+    make_model_engine.assert_same_tokens(driver.outputs(), tokens_alone(engine, *lengths))
 
 
+@pytest.mark.tiny_model
 def test_a_seeded_request_draws_the_same_alone_and_in_a_batch(
     make_model_engine: EngineMaker,
 ) -> None:
@@ -183,6 +185,7 @@ def scheduled(
     return ScheduledRequest(request, start, count, blocks)
 
 
+@pytest.mark.tiny_model
 @pytest.mark.parametrize(
     ("part", "message"),
     [
@@ -243,6 +246,7 @@ def test_the_engine_goes_on_after_a_failed_step(make_model_engine: EngineMaker) 
     assert tokens_alone(engine, 10) == expected
 
 
+@pytest.mark.tiny_model
 @pytest.mark.parametrize("token_id", [-1, 97])
 def test_a_request_with_a_token_outside_of_the_vocabulary_fails_alone(
     make_model_engine: EngineMaker, token_id: int
@@ -257,6 +261,7 @@ def test_a_request_with_a_token_outside_of_the_vocabulary_fails_alone(
     assert output.new_token_ids["6"] == (tokens_alone(engine, 6)["6"][0],)
 
 
+@pytest.mark.tiny_model
 def test_a_request_whose_logits_are_not_numbers_fails_alone(
     make_model_engine: EngineMaker,
 ) -> None:

@@ -25,6 +25,9 @@ from tests.engines.step_driver import (
 from tests.engines.tiny_llama import BLOCK_SIZE_TOKENS
 from tests.factories import make_request
 
+# Prompts are a few blocks of 4 tokens long. `test_live_engine.py` moves blocks of other sizes.
+pytestmark = pytest.mark.tiny_model
+
 
 def overwritten(driver: StepDriver, name: str, *, by: str) -> None:
     """Preempt a request whose blocks are on the host; another computes over what it had."""

@@ -3,6 +3,8 @@
 Python code is asked by `inspect.signature`, bindings by their docstrings. Attributes that Python
 code sets only in its constructor show in no class; where that may be so, the entry says
 `attributes_may_be_hidden`.
+
+python -m tests.trtllm.live_surface FILE
 """
 
 from __future__ import annotations
@@ -10,11 +12,14 @@ from __future__ import annotations
 import enum
 import importlib
 import inspect
+import json
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from tests.trtllm.binding_signatures import Param, parse_signatures
-from tests.trtllm.stub_modules import Surface
+from tests.trtllm.stub_modules import Surface, load_surface
 
 LiveEntry = dict[str, Any]
 """`missing` says why there is nothing; else like an entry of the surface, but with all overloads of
@@ -32,8 +37,8 @@ def record_surface(surface: Surface) -> dict[str, dict[str, LiveEntry]]:
 def _record(module_name: str, name: str) -> LiveEntry:
     try:
         found: Any = importlib.import_module(module_name)
-    # OSError: a shared library that it loads is not there.
-    except (ImportError, OSError) as error:
+    # OSError: a shared library that it loads is not there; RuntimeError: nor is a GPU.
+    except (ImportError, OSError, RuntimeError) as error:
         return {"missing": f"module {module_name} cannot be imported: {error}"}
     for part in name.split("."):
         if not hasattr(found, part):
@@ -126,3 +131,7 @@ def _param(parameter: inspect.Parameter) -> Param:
         case inspect.Parameter.POSITIONAL_ONLY:
             param["positional_only"] = True
     return param
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(record_surface(load_surface()), indent=1))
