@@ -35,7 +35,7 @@ def become(command: Sequence[str]) -> NoReturn:
     Ctrl-C in the terminal does not reach."""
     die_with_parent()  # which outlives the replacement
     os.setsid()
-    os.execvp(command[0], command)
+    os.execvp(command[0], list(command))
 
 
 class _GracefulServer(uvicorn.Server):
