@@ -85,7 +85,8 @@ def _is_readonly(found: type, name: str) -> bool:
 
 def _methods(found: type) -> dict[str, tuple[Any, str]]:
     """Return what can be called of a class, with the name that its docstring calls it by."""
-    return {name: (member, name) for name in dir(found) if callable(member := getattr(found, name))}
+    members = {name: getattr(found, name, None) for name in dir(found)}
+    return {name: (member, name) for name, member in members.items() if callable(member)}
 
 
 def _constructor(found: type) -> Any:

@@ -91,6 +91,7 @@ def test_the_small_engine_is_built_and_then_tested(tmp_path: Path) -> None:
     assert str(ROOT / "configs/engines/smollm2-135m.yaml") in torch_build
     assert build[-2:] == ("--output-dir", str(tmp_path / "engine"))
     assert contract[contract.index("--trtllm-engine") + 1] == str(tmp_path / "engine")
+    assert contract[contract.index("-W") + 1] == "default", "warnings of others fail nothing"
 
 
 def test_a_given_engine_is_not_built(tmp_path: Path) -> None:
