@@ -206,7 +206,7 @@ def test_a_nodes_refusal_of_the_request_is_the_clients(
 
 def test_one_failing_sequence_ends_the_whole_request(node: FakeNode, router: RunningRouter) -> None:
     node.script = lambda request: (
-        [Stall(), Refuse(400)] if request.request_id.endswith("-1") else [Hang()]
+        [Stall(is_silent=True), Refuse(400)] if request.request_id.endswith("-1") else [Hang()]
     )
     with router.connect() as connection:
         connection.sendall(http_post("/v1/completions", {"model": "tiny", "prompt": "Hi", "n": 2}))
@@ -231,7 +231,7 @@ def test_a_request_goes_only_to_nodes_that_are_large_enough(
 
 
 def test_a_silent_node_is_given_up(node: FakeNode, start_router: RouterFactory) -> None:
-    node.script = lambda _: [Stall()]
+    node.script = lambda _: [Hang()]
 
     with start_router(addresses(node), stall_timeout_s=0.05) as router:
         response = router.complete()
