@@ -85,8 +85,7 @@ class RouterService:
             self.client,
             clock,
             model=config.model,
-            poll_interval_s=config.snapshot_poll_interval_s,
-            max_snapshot_age_s=config.max_snapshot_age_s,
+            settings=config,
         )
         self.directory = _directory(config, clock, self.metrics)
         self._everybody = Client.everybody(
@@ -106,7 +105,7 @@ class RouterService:
                 _policy(config),
                 clock,
                 self.metrics,
-                max_attempts=config.max_attempts,
+                rules=config.retry_rules(),
             ),
             tokenizer=tokenizer,
             metrics=self.metrics,

@@ -101,6 +101,21 @@ class RouterMetrics:
             ("endpoint_id",),
             registry=registry,
         )
+        retries = Counter(
+            "proserve_router_retries_total",
+            "Sequences sent to another node because one had failed on them, by whether tokens had "
+            "been delivered already.",
+            ("after_tokens",),
+            registry=registry,
+        )
+        self.retries = {True: retries.labels("true"), False: retries.labels("false")}
+        """By whether tokens had been delivered."""
+
+        self.sequences_given_up = Counter(
+            "proserve_router_sequences_given_up_total",
+            "Sequences that no node took, or none finished.",
+            registry=registry,
+        )
         self._endpoint_usable = Gauge(
             "proserve_router_endpoint_usable",
             "1 if the node may be sent requests now.",

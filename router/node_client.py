@@ -79,7 +79,8 @@ class NodeClient:
     ) -> AsyncGenerator[Sequence[TokenEvent]]:
         """Yield the events of one sequence up to the one with a `finish_reason`.
 
-        An empty batch is a sign of life: the node has the request and no news. Events come as soon as they are here; those that are here together come together, so
+        An empty batch is a sign of life: the node has the request and no news.
+        Events come as soon as they are here; those that are here together come together, so
         that a router that has fallen behind catches up with fewer writes.
         Closing the generator early closes the connection, which aborts the request on the node.
 
@@ -90,22 +91,28 @@ class NodeClient:
         """
         request = msgspec.structs.replace(request, heartbeat_s=self._heartbeat_s)
         is_finished = False
-        with _as_node_unavailable(url):
-            async with self._http.stream(
-                "POST",
-                f"{url}/v1/generate",
-                content=_encoder.encode(request),
-                headers={"content-type": "application/json", "accept-encoding": "identity"},
-                timeout=self._timeout,
-            ) as response:
-                if response.status_code != httpx.codes.OK:
-                    raise _refusal(url, response.status_code, await response.aread())
-                async for events in _events(response):
-                    is_finished = bool(events) and events[-1].finish_reason is not None
-                    yield events
-                    # Read on to the end of the answer, so that the connection can be kept.
-        if not is_finished:
-            raise NodeUnavailable(f"node {url} ended its answer before the request's end")
+        try:
+            with _as_node_unavailable(url):
+                async with self._http.stream(
+                    "POST",
+                    f"{url}/v1/generate",
+                    content=_encoder.encode(request),
+                    headers={"content-type": "application/json", "accept-encoding": "identity"},
+                    timeout=self._timeout,
+                ) as response:
+                    if response.status_code != httpx.codes.OK:
+                        raise _refusal(url, response.status_code, await response.aread())
+                    async for events in _events(response):
+                        is_finished = is_finished or _has_last(events)
+                        yield events
+                        # Read on to the end of the answer, so that the connection can be kept.
+        except NodeUnavailable:
+            # Once everything was said, it does not matter how the connection ends.
+            if not is_finished:
+                raise
+        else:
+            if not is_finished:
+                raise NodeUnavailable(f"node {url} ended its answer before the request's end")
 
     async def _get(self, url: str, answer_type: type[Answer], timeout_s: float) -> Answer:
         with _as_node_unavailable(url):
@@ -121,6 +128,10 @@ def _open_session() -> aiohttp.ClientSession:
         limit=0, keepalive_timeout=KEEPALIVE_S, socket_factory=open_upstream_socket
     )
     return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+
+
+def _has_last(events: Sequence[TokenEvent]) -> bool:
+    return bool(events) and events[-1].finish_reason is not None
 
 
 async def _events(response: httpx.Response) -> AsyncGenerator[Sequence[TokenEvent]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from orchestrator.core.ports import RequestEvent, TokenLogprobs
@@ -58,7 +60,7 @@ def run(
     ],
 )
 def test_a_resumed_request_gets_the_tokens_that_it_would_have_got(
-    params: dict[str, float | int],
+    params: dict[str, Any],
 ) -> None:
     """Cut behind every token, among them those at the end of a KV block of 4 tokens."""
     sampling = SamplingParams(max_tokens=MAX_TOKENS, seed=7, num_logprobs=2, **params)

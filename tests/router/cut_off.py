@@ -57,7 +57,7 @@ def main() -> None:
     node = FakeNode()
     node.script = lambda _: [*[TokenEvent((65,))] * num_tokens, Beat(), Hang()]
     with node.serve() as server:
-        print(asyncio.run(notice(server.url, num_tokens)))
+        sys.stdout.write(asyncio.run(notice(server.url, num_tokens)))
         server.kill()
 
 

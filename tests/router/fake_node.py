@@ -119,6 +119,9 @@ class FakeNode:
         """Requests whose caller left before the end."""
 
         self.num_polls = 0
+        self.num_beats = 0
+        """Signs of life during stalls."""
+
         self.generate_connections: set[object] = set()
         """Remote addresses that sent requests."""
 
@@ -192,6 +195,7 @@ class FakeNode:
                 return
             if isinstance(step, Hang):
                 await asyncio.Event().wait()
+                return
             if isinstance(step, Stall) and (step.is_silent or self._released.is_set()):
                 await self._released.wait()
                 continue
@@ -213,6 +217,7 @@ class FakeNode:
                 async with asyncio.timeout(heartbeat_s):
                     await self._released.wait()
             await _send_some(send, _data(Beat()))
+            self._note(self._count_beat)
 
     def _description(self) -> NodeDescription:
         return NodeDescription(
@@ -245,6 +250,9 @@ class FakeNode:
 
     def _count_poll(self) -> None:
         self.num_polls += 1
+
+    def _count_beat(self) -> None:
+        self.num_beats += 1
 
     def _note(self, change: Callable[[], None]) -> None:
         with self._changed:

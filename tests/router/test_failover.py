@@ -1,4 +1,4 @@
-"""What becomes of a request when a node fails, before and after its first token."""
+"""What becomes of a request when a node fails before its first token; see `test_resume` too."""
 
 from __future__ import annotations
 
@@ -165,24 +165,6 @@ def test_a_node_that_loses_a_request_counts_as_failed(
         health = router.http.get("/health").json()["nodes"]
         assert "the engine process died" in health["node-a"]
     assert (len(first.requests), len(second.requests)) == (1, 2)
-
-
-@pytest.mark.parametrize("ending", [Drop(), LOST])
-def test_after_a_token_no_other_node_is_tried(
-    pair: tuple[FakeNode, FakeNode],
-    start_router: RouterFactory,
-    hello: list[int],
-    ending: Step,
-) -> None:
-    """The answer in one piece has no text yet either, but a second run could say other things."""
-    first, second = pair
-    first.script = lambda _: [TokenEvent((hello[0],)), ending]
-
-    with start_router(addresses(*pair), **SLOW_POLLS) as router:
-        response = router.complete()
-
-    assert response.status_code == 503
-    assert second.requests == []
 
 
 def test_a_nodes_refusal_of_the_request_is_the_clients(

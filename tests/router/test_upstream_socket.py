@@ -19,8 +19,8 @@ ISOLATED = ("unshare", "--user", "--map-root-user", "--net")
 
 def sockets_to(port: int) -> list[socket.socket]:
     """Return the connections of this process to a port of this machine, duplicated."""
-    links = {fd: Path("/proc/self/fd") / fd for fd in os.listdir("/proc/self/fd")}
-    fds = [int(fd) for fd, path in links.items() if _target(path).startswith("socket:")]
+    links = list(Path("/proc/self/fd").iterdir())
+    fds = [int(link.name) for link in links if _target(link).startswith("socket:")]
     found = []
     for fd in fds:
         duplicate = socket.socket(fileno=os.dup(fd))
