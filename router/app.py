@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -35,6 +35,7 @@ from router.errors import (
     refuse_repeated_keys,
 )
 from router.generation import Generation, GenerationTools
+from router.idempotency import KeptAnswers, request_key
 from router.metrics import CONTENT_TYPE, RouterMetrics
 from router.node_client import NodeClient
 from router.open_requests import OpenRequests
@@ -112,6 +113,7 @@ class RouterService:
             clock=clock,
             open_requests=self.open_requests,
         )
+        self.kept_answers = KeptAnswers(config.idempotency, clock, self.metrics)
 
     async def start(self) -> None:
         """Begin to follow the nodes and the clients file."""
@@ -123,6 +125,7 @@ class RouterService:
 
     async def stop(self) -> None:
         """End what `start` began, and all connections."""
+        await self.kept_answers.close()
         await self.pool.stop()
         if self.directory is not None:
             await self.directory.stop()
@@ -177,13 +180,31 @@ class RouterService:
             return EventStream(head, generation, answer_format, plan.stream_options, record)
         return WholeAnswer(head, generation, answer_format, record)
 
-    async def read(self, request: Request, body_type: type[BodyT]) -> BodyT:
-        """Return the request's body.
+    async def once(
+        self, request: Request, begin: Callable[[bytes, Sender], Awaitable[Response]]
+    ) -> Response:
+        """Return the response to a request for a generation: what `begin` makes of its body and
+        sender, unless an earlier request with the same key has an answer.
 
         Raises:
-            RequestRejected: it is too large, too slow, not JSON, or does not fit the schema.
-            NodeUnavailable: the router is shutting down.
+            RequestRejected: the sender may not do that, or not now; the body cannot be read; or
+                something in the request is wrong.
+            NodeUnavailable: the router is shutting down, or no node has said what it can serve.
         """
+        record: RequestRecord = request.state.record
+        client = self.take_request(request)
+        sender = Sender(client, request.headers, record.arrival_s)
+        content = await self._read(request)
+        key = request_key(request, content, client_name=client.name)
+        if key is None:
+            return await begin(content, sender)
+        kept = self.kept_answers.find(key, record)
+        if kept is None:
+            self.kept_answers.check_room()
+            kept = self.kept_answers.keep(key, await begin(content, sender), request)
+        return kept
+
+    async def _read(self, request: Request) -> bytes:
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type != "application/json":
             raise Refused(
@@ -194,19 +215,13 @@ class RouterService:
         try:
             with self.open_requests.until_shutdown():
                 async with asyncio.timeout(self.config.body_timeout_s):
-                    content = await _read_body(request, self.config.max_body_bytes)
+                    return await _read_body(request, self.config.max_body_bytes)
         except TimeoutError:
             raise Refused(
                 f"the body was not complete after {self.config.body_timeout_s:g} s",
                 status=408,
                 code="body_timeout",
             ) from None
-        try:
-            body = body_type.model_validate_json(content)
-        except ValidationError as error:
-            raise refusal_of(error, known_fields=list(body_type.model_fields)) from error
-        refuse_repeated_keys(content)
-        return body
 
 
 def create_app(
@@ -252,26 +267,30 @@ def _add_generation_routes(app: FastAPI, service: RouterService) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         record: RequestRecord = request.state.record
-        client = service.take_request(request)
-        body = await service.read(request, ChatCompletionBody)
-        sender = Sender(client, request.headers, record.arrival_s)
-        plan = await service.translator.plan_chat(body, sender)
-        answer_format = ChatFormat(service.tokenizer, has_logprobs=bool(body.logprobs))
-        return service.answer(plan, answer_format, record, client)
+
+        async def begin(content: bytes, sender: Sender) -> Response:
+            body = _parsed(content, ChatCompletionBody)
+            plan = await service.translator.plan_chat(body, sender)
+            answer_format = ChatFormat(service.tokenizer, has_logprobs=bool(body.logprobs))
+            return service.answer(plan, answer_format, record, sender.client)
+
+        return await service.once(request, begin)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         record: RequestRecord = request.state.record
-        client = service.take_request(request)
-        body = await service.read(request, CompletionBody)
-        sender = Sender(client, request.headers, record.arrival_s)
-        plan = await service.translator.plan_completion(body, sender)
-        answer_format = CompletionFormat(
-            service.tokenizer,
-            has_logprobs=body.logprobs is not None,
-            echoes=[sequence.prompt.echo for sequence in plan.sequences],
-        )
-        return service.answer(plan, answer_format, record, client)
+
+        async def begin(content: bytes, sender: Sender) -> Response:
+            body = _parsed(content, CompletionBody)
+            plan = await service.translator.plan_completion(body, sender)
+            answer_format = CompletionFormat(
+                service.tokenizer,
+                has_logprobs=body.logprobs is not None,
+                echoes=[sequence.prompt.echo for sequence in plan.sequences],
+            )
+            return service.answer(plan, answer_format, record, sender.client)
+
+        return await service.once(request, begin)
 
 
 def _add_information_routes(app: FastAPI, service: RouterService) -> None:
@@ -346,6 +365,15 @@ def _refuse(
 
 def _json(status: int, value: object, headers: dict[str, str] | None = None) -> Response:
     return Response(_encoder.encode(value), status, headers, media_type="application/json")
+
+
+def _parsed(content: bytes, body_type: type[BodyT]) -> BodyT:
+    try:
+        body = body_type.model_validate_json(content)
+    except ValidationError as error:
+        raise refusal_of(error, known_fields=list(body_type.model_fields)) from error
+    refuse_repeated_keys(content)
+    return body
 
 
 async def _read_body(request: Request, limit: int) -> bytes:

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import (
     AfterValidator,
     BaseModel,
+    ByteSize,
     ConfigDict,
     Field,
     FiniteFloat,
@@ -134,6 +135,25 @@ class HealthConfig(BaseModel):
         )
 
 
+class IdempotencyConfig(BaseModel):
+    """What is kept of the answers to requests with an `Idempotency-Key`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    keep_s: PositiveFloat = 600.0
+    """A repeated request gets the answer of the first for this long after its end."""
+
+    max_answers: PositiveInt = 10_000
+    """Answers kept and being made; further requests with a key are refused."""
+
+    max_bytes: Annotated[ByteSize, Field(gt=0)] = ByteSize(256 * 1024 * 1024)
+    """Their size, as it goes over the wire. Those that ended first make room. While those being
+    made alone are larger, further requests with a key are refused."""
+
+    abandon_after_s: PositiveFloat = 30.0
+    """An answer that is being made and that no client has read for this long is given up."""
+
+
 # Neighbouring classes are worth 2 to 1, as in the open traces of ProServe (arXiv 2512.12928);
 # the objectives of `high` are those that xLLM ships, the others relax them.
 DEFAULT_CLASSES = (
@@ -214,6 +234,9 @@ class RouterSettings(BaseModel):
 
     health: HealthConfig = HealthConfig()
     """When a node is left out, and how it is taken in again."""
+
+    idempotency: IdempotencyConfig = IdempotencyConfig()
+    """What is kept of the answers to requests with an `Idempotency-Key`."""
 
     @model_validator(mode="after")
     def _check_settings(self) -> Self:

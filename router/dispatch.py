@@ -151,10 +151,10 @@ class Dispatcher:
         self, endpoint_id: str, dispatch: Dispatch, progress: SequenceProgress, failure: Failure
     ) -> None:
         self._metrics.upstream_errors(endpoint_id).inc()
+        # A step that failed may be the request's own fault, which must not cost others the node;
+        # and a node whose engine always fails says so itself.
         is_engine_error = isinstance(failure, EngineStepError)
-        if is_engine_error:
-            self._pool.note_failure(endpoint_id, dispatch)
-        else:
+        if not is_engine_error:
             self._pool.lose_node(endpoint_id, dispatch, str(failure))
         progress.lose_node(
             dispatch.instance_id, self._clock.now_s(), is_engine_error=is_engine_error

@@ -166,19 +166,15 @@ class EndpointPool:
         """A sequence has got its last token from a node."""
         self._endpoints[endpoint_id].breaker.succeed()
 
-    def note_failure(self, endpoint_id: str, dispatch: Dispatch) -> None:
-        """A node has failed on a sequence; whether it can be used is another question."""
+    def lose_node(self, endpoint_id: str, dispatch: Dispatch, reason: str) -> None:
+        """A node has lost a sequence: do not use it until it answers a poll again, and not even
+        then if that happens too often."""
         endpoint = self._endpoints[endpoint_id]
         last = endpoint.last_description
-        if last is not None and last.instance_id == dispatch.instance_id:  # else it was replaced
-            endpoint.breaker.fail(dispatch, self._clock.now_s())
-
-    def lose_node(self, endpoint_id: str, dispatch: Dispatch, reason: str) -> None:
-        """A node has lost a sequence: do not use it until it answers a poll again."""
-        self.note_failure(endpoint_id, dispatch)
-        description = self._endpoints[endpoint_id].description
-        # It may have been replaced by another process since.
-        if description is not None and description.instance_id == dispatch.instance_id:
+        if last is None or last.instance_id != dispatch.instance_id:
+            return  # Another process has taken its place.
+        endpoint.breaker.fail(dispatch, self._clock.now_s())
+        if endpoint.description is not None:
             self.mark_failed(endpoint_id, reason)
 
     def mark_failed(self, endpoint_id: str, reason: str) -> None:

@@ -116,6 +116,16 @@ class RouterMetrics:
             "Sequences that no node took, or none finished.",
             registry=registry,
         )
+        self.idempotent_replays = Counter(
+            "proserve_router_idempotent_replays_total",
+            "Requests answered with the answer of an earlier one that had the same key.",
+            registry=registry,
+        )
+        self.kept_answer_bytes = Gauge(
+            "proserve_router_kept_answer_bytes",
+            "Size of the answers that are kept for repeated requests.",
+            registry=registry,
+        )
         self._endpoint_usable = Gauge(
             "proserve_router_endpoint_usable",
             "1 if the node may be sent requests now.",

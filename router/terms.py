@@ -26,6 +26,9 @@ TTFT_HEADER = "X-ProServe-TTFT-MS"
 TPOT_HEADER = "X-ProServe-TPOT-MS"
 MAX_WAIT_HEADER = "X-ProServe-Max-Wait-MS"
 
+TERMS_HEADERS = (PRIORITY_HEADER, TTFT_HEADER, TPOT_HEADER, MAX_WAIT_HEADER)
+"""All that say what a body could say too."""
+
 T = TypeVar("T")
 
 

@@ -114,29 +114,34 @@ async def test_a_failed_node_comes_back_with_its_next_snapshot(node: FakeNode) -
     async with started_pool({"node-0": node.url}, clock, poll_interval_s=0.01) as pool:
         pool.mark_failed("node-0", "as the test says")
         assert usable_ids(pool, clock) == []
-        num_polls = node.num_polls
 
         # The poll before the last one that the node saw has certainly been taken in.
-        await asyncio.to_thread(
-            node.wait_until, lambda n: n.num_polls >= num_polls + 2, "two more polls"
-        )
+        await polls(node, 2)
 
         assert usable_ids(pool, clock) == ["node-0"]
 
 
-async def fail_requests(pool: EndpointPool, count: int) -> None:
-    for _ in range(count):
-        dispatch = pool.begin_dispatch("node-0", num_prompt_tokens=1)
-        pool.note_failure("node-0", dispatch)
+def lose_requests(pool: EndpointPool, count: int) -> None:
+    """So many sequences are on node-0 when it fails."""
+    dispatches = [pool.begin_dispatch("node-0", num_prompt_tokens=1) for _ in range(count)]
+    for dispatch in dispatches:
+        pool.lose_node("node-0", dispatch, "as the test says")
         pool.end_dispatch("node-0", dispatch)
+
+
+async def polls(node: FakeNode, count: int) -> None:
+    """Wait until a node was polled so many times more."""
+    num_polls = node.num_polls + count
+    await asyncio.to_thread(node.wait_until, lambda n: n.num_polls >= num_polls, "more polls")
 
 
 async def test_a_node_that_fails_again_and_again_is_left_out_for_a_while(node: FakeNode) -> None:
     """Three failures cost a second; then there is room for one request, then for all."""
     clock = ManualClock()
-    async with started_pool({"node-0": node.url}, clock) as pool:
-        await fail_requests(pool, 3)
-        assert usable_ids(pool, clock) == []
+    async with started_pool({"node-0": node.url}, clock, poll_interval_s=0.01) as pool:
+        lose_requests(pool, 3)
+        await polls(node, 2)
+        assert "failed 3 times in a row" in str(pool.obstacles(clock.now_s())["node-0"])
 
         clock.time_s += 1.0
         assert usable_ids(pool, clock) == ["node-0"]
@@ -151,13 +156,9 @@ async def test_failures_of_a_process_are_not_held_against_the_next_one(node: Fak
     clock = ManualClock()
     async with started_pool({"node-0": node.url}, clock, poll_interval_s=0.01) as pool:
         late = pool.begin_dispatch("node-0", num_prompt_tokens=1)
-        await fail_requests(pool, 3)
+        lose_requests(pool, 3)
         node.instance_id = "another process"
-
-        num_polls = node.num_polls
-        await asyncio.to_thread(
-            node.wait_until, lambda n: n.num_polls >= num_polls + 4, "it is known again"
-        )
+        await polls(node, 4)
         for _ in range(3):
             pool.lose_node("node-0", late, "lost with the process before")
 
@@ -175,10 +176,7 @@ async def test_a_node_that_comes_back_begins_slowly_while_there_are_others(
         async with started_pool(nodes, clock, poll_interval_s=0.01) as pool:
             assert len(usable_ids(pool, clock)) == 2
             node.instance_id = "another process"
-            num_polls = node.num_polls
-            await asyncio.to_thread(
-                node.wait_until, lambda n: n.num_polls >= num_polls + 4, "it is known again"
-            )
+            await polls(node, 4)
             counts: list[float] = []
             for _ in range(3):
                 while "node-0" in usable_ids(pool, clock) and len(counts) < 100:
@@ -194,10 +192,7 @@ async def test_a_lone_node_that_comes_back_takes_everything(node: FakeNode) -> N
     clock = ManualClock()
     async with started_pool({"node-0": node.url}, clock, poll_interval_s=0.01) as pool:
         node.instance_id = "another process"
-        num_polls = node.num_polls
-        await asyncio.to_thread(
-            node.wait_until, lambda n: n.num_polls >= num_polls + 4, "it is known again"
-        )
+        await polls(node, 4)
         for _ in range(10):
             pool.begin_dispatch("node-0", num_prompt_tokens=1)
 
