@@ -205,7 +205,7 @@ class RouterSettings(BaseModel):
     connect_timeout_s: PositiveFloat = 1.0
     """A node that does not accept a connection in this time counts as unavailable."""
 
-    stall_timeout_s: PositiveFloat = 5.0
+    stall_timeout_s: PositiveFloat = 10.0
     """A node that is silent on a request for this long has lost it. However busy it is, a node
     that works gives signs of life five times as often."""
 

@@ -9,7 +9,7 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ NUM_NODES = 3
 SETTINGS: dict[str, Any] = {
     "engine": {"device_kv_bytes": "128MiB", "num_threads": 1},
     "restarts": {"max_restarts": 10_000, "first_pause_s": 0.1, "max_pause_s": 0.1},
-    "router": {"max_attempts": 50},
+    "router": {"max_attempts": 50, "stall_timeout_s": 5.0},
 }
 """Nodes come back as fast and as often as it takes; so may requests be sent on."""
 
@@ -40,6 +40,14 @@ class Answer:
     finish_reason: str | None
 
 
+OnEvent = Callable[[], Awaitable[None]]
+"""Called when a client has received something, before it reads on."""
+
+
+async def _go_on() -> None:
+    pass
+
+
 def chaos_deployment(directory: Path, engine_dir: Path, **changes: Any) -> Path:
     """Write the deployment file of three small nodes; return its path."""
     return write_deployment(directory, engine_dir, num_nodes=NUM_NODES, **SETTINGS, **changes)
@@ -50,10 +58,10 @@ async def ask(
     index: int,
     *,
     max_tokens: int,
-    on_event: Callable[[], object] = lambda: None,
+    on_event: OnEvent = _go_on,
     **parameters: Any,
 ) -> Answer:
-    """Stream one greedy completion to its end, of as many tokens as asked for."""
+    """Stream one completion of as many tokens as asked for, by default greedy, to its end."""
     stream = await client.completions.create(
         model=MODEL,
         prompt=f"Chapter {index}. The travellers had reached the",
@@ -65,7 +73,7 @@ async def ask(
     )
     text, num_tokens, finish_reason = "", 0, None
     async for chunk in stream:
-        on_event()
+        await on_event()
         for choice in chunk.choices:
             text += choice.text
             finish_reason = choice.finish_reason or finish_reason
@@ -79,7 +87,7 @@ async def ask_all(
     *,
     max_tokens: int,
     concurrency: int,
-    on_event: Callable[[], object] = lambda: None,
+    on_event: OnEvent = _go_on,
 ) -> list[Answer]:
     """Stream this many different completions, so many at a time; return them in order."""
     at_once = asyncio.Semaphore(concurrency)
@@ -102,7 +110,7 @@ class Killer:
         self.killed: list[int] = []
         """Nodes, in order."""
 
-    def note_event(self) -> None:
+    async def note_event(self) -> None:
         """A client received something."""
         self._num_events += 1
         if self._num_events % self._every_events == 0:

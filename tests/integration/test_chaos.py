@@ -100,7 +100,7 @@ async def test_a_stopped_process_costs_no_request_and_changes_no_token(
     resumed = trio.router_metric(RESUMED)
     stopped: list[tuple[int, int]] = []
 
-    def stop_the_busy_node() -> None:
+    async def stop_the_busy_node() -> None:
         if not stopped:
             node = busy_node(trio)
             pid = trio.node_pid(node) if process == "node" else trio.engine_pid(node)
@@ -127,7 +127,7 @@ async def test_a_client_that_does_not_read_while_its_node_dies_gets_everything_l
     (calm,) = await ask_all(client, 1, max_tokens=LONG, concurrency=1)
     killed: list[int] = []
 
-    def kill_and_wait() -> None:
+    async def kill_and_wait() -> None:
         if not killed:
             node = busy_node(trio)
             os.kill(trio.node_pid(node), signal.SIGKILL)
