@@ -8,12 +8,10 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from typing import TypeVar
 
 import msgspec
 import structlog
 from fastapi import FastAPI, Request, Response
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -21,18 +19,16 @@ from orchestrator.core.errors import ProServeError
 from orchestrator.core.ports import Clock
 from router.access import CLIENT_LEFT_STATUS, REQUEST_ID_HEADER, AccessLog, RequestRecord
 from router.admission import Admission
+from router.bodies import parsed_body, read_body
 from router.client_directory import Client, ClientDirectory
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.endpoints import EndpointPool
 from router.errors import (
     ErrorAnswer,
-    Refused,
     error_answer,
     error_headers,
     http_error_answer,
-    refusal_of,
-    refuse_repeated_keys,
 )
 from router.generation import Generation, GenerationTools
 from router.idempotency import KeptAnswers, request_key
@@ -48,13 +44,11 @@ from router.responses import (
     Model,
     ModelList,
 )
-from router.schema import ChatCompletionBody, CompletionBody, GenerationBody
+from router.schema import ChatCompletionBody, CompletionBody
 from router.streaming import AnswerHead, EventStream, WholeAnswer
 from router.terms import ServiceTerms
 from router.tokenizer import Tokenizer
 from router.translation import GenerationPlan, Sender, Translator, model_not_found
-
-BodyT = TypeVar("BodyT", bound=GenerationBody)
 
 _encoder = msgspec.json.Encoder()
 _log = structlog.get_logger("router")
@@ -194,7 +188,12 @@ class RouterService:
         record: RequestRecord = request.state.record
         client = self.take_request(request)
         sender = Sender(client, request.headers, record.arrival_s)
-        content = await self._read(request)
+        with self.open_requests.until_shutdown():
+            content = await read_body(
+                request,
+                max_bytes=self.config.max_body_bytes,
+                timeout_s=self.config.body_timeout_s,
+            )
         key = request_key(request, content, client_name=client.name)
         if key is None:
             return await begin(content, sender)
@@ -203,25 +202,6 @@ class RouterService:
             self.kept_answers.check_room()
             kept = self.kept_answers.keep(key, await begin(content, sender), request)
         return kept
-
-    async def _read(self, request: Request) -> bytes:
-        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if content_type != "application/json":
-            raise Refused(
-                f"content-type is {content_type[:64]!r}, it must be 'application/json'",
-                status=415,
-                code="unsupported_media_type",
-            )
-        try:
-            with self.open_requests.until_shutdown():
-                async with asyncio.timeout(self.config.body_timeout_s):
-                    return await _read_body(request, self.config.max_body_bytes)
-        except TimeoutError:
-            raise Refused(
-                f"the body was not complete after {self.config.body_timeout_s:g} s",
-                status=408,
-                code="body_timeout",
-            ) from None
 
 
 def create_app(
@@ -269,7 +249,7 @@ def _add_generation_routes(app: FastAPI, service: RouterService) -> None:
         record: RequestRecord = request.state.record
 
         async def begin(content: bytes, sender: Sender) -> Response:
-            body = _parsed(content, ChatCompletionBody)
+            body = parsed_body(content, ChatCompletionBody)
             plan = await service.translator.plan_chat(body, sender)
             answer_format = ChatFormat(service.tokenizer, has_logprobs=bool(body.logprobs))
             return service.answer(plan, answer_format, record, sender.client)
@@ -281,7 +261,7 @@ def _add_generation_routes(app: FastAPI, service: RouterService) -> None:
         record: RequestRecord = request.state.record
 
         async def begin(content: bytes, sender: Sender) -> Response:
-            body = _parsed(content, CompletionBody)
+            body = parsed_body(content, CompletionBody)
             plan = await service.translator.plan_completion(body, sender)
             answer_format = CompletionFormat(
                 service.tokenizer,
@@ -365,32 +345,6 @@ def _refuse(
 
 def _json(status: int, value: object, headers: dict[str, str] | None = None) -> Response:
     return Response(_encoder.encode(value), status, headers, media_type="application/json")
-
-
-def _parsed(content: bytes, body_type: type[BodyT]) -> BodyT:
-    try:
-        body = body_type.model_validate_json(content)
-    except ValidationError as error:
-        raise refusal_of(error, known_fields=list(body_type.model_fields)) from error
-    refuse_repeated_keys(content)
-    return body
-
-
-async def _read_body(request: Request, limit: int) -> bytes:
-    refusal = Refused(
-        f"the body has more than {limit:,} bytes, the limit; send less",
-        status=413,
-        code="body_too_large",
-    )
-    announced = request.headers.get("content-length", "0")
-    if announced.isdigit() and int(announced) > limit:
-        raise refusal
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise refusal
-    return bytes(body)
 
 
 def _directory(

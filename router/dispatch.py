@@ -119,7 +119,7 @@ class Dispatcher:
 
     def _begin(self, endpoint_id: str, progress: SequenceProgress) -> Dispatch:
         if progress.num_attempts > 0:
-            self._metrics.retries[progress.resume_point is not None].inc()
+            self._metrics.failover.retries[progress.resume_point is not None].inc()
         progress.num_attempts += 1
         return self._pool.begin_dispatch(
             endpoint_id, num_prompt_tokens=progress.routing.num_prompt_tokens
@@ -161,7 +161,7 @@ class Dispatcher:
         )
 
     def _given_up(self, failure: Failure | None, reason: str) -> Failure:
-        self._metrics.sequences_given_up.inc()
+        self._metrics.failover.sequences_given_up.inc()
         match failure:
             case None:
                 return NodeUnavailable(self._pool.explain_obstacles())

@@ -189,7 +189,7 @@ class KeptAnswers:
                 status=422,
                 code="idempotency_key_reused",
             )
-        self._metrics.idempotent_replays.inc()
+        self._metrics.failover.idempotent_replays.inc()
         record.replay_of = recording.record
         return _KeptAnswer(self, recording, record, is_replay=True)
 
@@ -284,7 +284,7 @@ class KeptAnswers:
 
     def _count_bytes(self, num_bytes: int) -> None:
         self._num_bytes += num_bytes
-        self._metrics.kept_answer_bytes.set(self._num_bytes)
+        self._metrics.failover.kept_answer_bytes.set(self._num_bytes)
 
 
 class _KeptAnswer(Response):
