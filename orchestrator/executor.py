@@ -24,7 +24,7 @@ from orchestrator.core.ports import (
     SchedulerOutput,
     StepOutput,
 )
-from orchestrator.core.request import FinishReason, Request, RequestSpec
+from orchestrator.core.request import FinishReason, Request, RequestSpec, ResumePoint
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +83,12 @@ class ExecutorLoop:
         """True while any accepted request has not ended."""
         return self._scheduler.has_requests
 
-    def add(self, spec: RequestSpec, arrival_s: float) -> None:
+    def add(
+        self, spec: RequestSpec, arrival_s: float, resume_from: ResumePoint | None = None
+    ) -> None:
         """Accept a request that arrived at `arrival_s` on the loop's clock.
+
+        With `resume_from`, it has been served by another node up to there.
 
         Raises:
             RequestRejected: the request can never run here.
@@ -92,7 +96,11 @@ class ExecutorLoop:
         """
         if self.is_draining:
             raise NodeUnavailable("the node is draining and takes no new requests")
-        self._scheduler.add_request(Request(spec, arrival_s=arrival_s))
+        if resume_from is None:
+            request = Request(spec, arrival_s=arrival_s)
+        else:
+            request = Request.resumed(spec, resume_from, arrival_s=arrival_s)
+        self._scheduler.add_request(request)
 
     def abort(self, request_id: str, error: str | None = None) -> None:
         """End a request, if it has not ended; `error` makes it a failure."""

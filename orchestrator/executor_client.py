@@ -18,7 +18,7 @@ import zmq.asyncio
 
 from orchestrator.core.errors import NodeUnavailable, RequestRejected
 from orchestrator.core.ports import RequestEvent
-from orchestrator.core.request import FinishReason, RequestSpec
+from orchestrator.core.request import FinishReason, RequestSpec, ResumePoint
 from orchestrator.wire import (
     AbortRequest,
     AddRequest,
@@ -38,6 +38,9 @@ logger = structlog.get_logger(__name__)
 SHUTDOWN_GRACE_S = 10.0
 """Time for the executor process to end by itself before it is killed."""
 
+WATCH_PAUSE_S = 0.1
+"""Pause before a silent process is looked at again."""
+
 
 class ExecutorClient:
     """One executor process and the streams of its requests.
@@ -54,8 +57,8 @@ class ExecutorClient:
     ) -> None:
         """`command` starts the process; the socket's address is added as its last argument.
 
-        `on_step` receives the figures of each step. A process that has said nothing for
-        `stall_timeout_s` counts as unhealthy until it speaks again.
+        `on_step` receives the figures of each step. When the process has said nothing for
+        `stall_timeout_s`, its streams end as lost and it counts as unhealthy until it speaks.
         """
         self._command = tuple(command)
         self._on_step = on_step
@@ -103,10 +106,13 @@ class ExecutorClient:
             return self._failure
         if self._ready is None:
             return "the engine is loading"
-        silent_s = time.monotonic() - self._last_heard_s
-        if silent_s > self._stall_timeout_s:
-            return f"the engine has said nothing for {silent_s:.1f} s"
+        if self._silent_s > self._stall_timeout_s:
+            return f"the engine has said nothing for {self._silent_s:.1f} s"
         return None
+
+    @property
+    def _silent_s(self) -> float:
+        return time.monotonic() - self._last_heard_s
 
     @property
     def has_failed(self) -> bool:
@@ -124,7 +130,7 @@ class ExecutorClient:
         self._socket.bind(address)
         self._process = await asyncio.create_subprocess_exec(*self._command, address)
         self._exit_stack.push_async_callback(self._end_process)
-        for watcher in (self._receive(), self._watch_process()):
+        for watcher in (self._receive(), self._watch_process(), self._watch_silence()):
             task = asyncio.create_task(watcher)
             self._exit_stack.push_async_callback(_cancel, task)
         logger.info("executor started", pid=self._process.pid)
@@ -143,10 +149,13 @@ class ExecutorClient:
         """Return when the engine is loaded or has failed; `trouble` says which."""
         await self._first_word.wait()
 
-    async def generate(self, spec: RequestSpec, arrival_s: float) -> AsyncGenerator[RequestEvent]:
+    async def generate(
+        self, spec: RequestSpec, arrival_s: float, resume_from: ResumePoint | None = None
+    ) -> AsyncGenerator[RequestEvent]:
         """Run a request and yield its events, the last one with a finish reason.
 
-        Leaving the iterator early aborts the request.
+        With `resume_from`, they begin behind what another node has delivered. Leaving the
+        iterator early aborts the request.
 
         Raises:
             NodeUnavailable: the engine is not serving.
@@ -164,15 +173,16 @@ class ExecutorClient:
         self._streams[spec.request_id] = queue
         has_ended = False
         try:
-            await self._send(AddRequest(spec, arrival_s))
+            await self._send(AddRequest(spec, arrival_s, resume_from))
             while not has_ended:
                 event = await queue.get()
                 has_ended = event.finish_reason is not None
                 yield event
         finally:
-            self._streams.pop(spec.request_id, None)
+            if self._streams.get(spec.request_id) is queue:
+                del self._streams[spec.request_id]
             if not has_ended and self._failure is None:
-                await self._send_if_there(AbortRequest(spec.request_id))
+                await self._send(AbortRequest(spec.request_id))
 
     async def drain(self) -> None:
         """Refuse new requests; the running ones finish."""
@@ -181,12 +191,11 @@ class ExecutorClient:
             await self._send(Drain())
 
     async def _send(self, command: Command) -> None:
-        await self._socket.send(self._encoder.encode(command))
+        """Send a command to the process; without one at the other end it is dropped.
 
-    async def _send_if_there(self, command: Command) -> None:
-        """Send what is of no use to a process that has gone; an ordinary `send` would wait for
-        another one to connect."""
-        with contextlib.suppress(zmq.ZMQError):
+        Waiting for one would never end, and `_watch_process` tells the streams what happened.
+        """
+        with contextlib.suppress(zmq.Again):
             await self._socket.send(self._encoder.encode(command), zmq.NOBLOCK)
 
     async def _receive(self) -> None:
@@ -218,6 +227,23 @@ class ExecutorClient:
         await asyncio.sleep(0.1)
         self._fail(f"the engine process ended with status {status}")
 
+    async def _watch_silence(self) -> None:
+        """End the open streams of a process that says nothing for too long.
+
+        It may go on later, but nobody should have to wait for that: another node can.
+        """
+        while True:
+            await asyncio.sleep(max(self._stall_timeout_s - self._silent_s, 0.0))
+            # If this process was stopped too, news may be waiting to be read.
+            await asyncio.sleep(WATCH_PAUSE_S)
+            reason = self.trouble
+            if self._ready is None or self._failure is not None or reason is None:
+                continue
+            request_ids = list(self._streams)
+            self._lose_streams(reason)
+            for request_id in request_ids:
+                await self._send(AbortRequest(request_id))
+
     def _fail(self, reason: str) -> None:
         """Turn unhealthy for good and end every open stream with an error."""
         if self._failure is None:
@@ -228,15 +254,22 @@ class ExecutorClient:
         """End every open stream as lost and refuse new ones for good."""
         self._failure = reason
         self._first_word.set()
+        self._lose_streams(reason)
+
+    def _lose_streams(self, reason: str) -> None:
         for request_id, queue in self._streams.items():
             queue.put_nowait(
                 RequestEvent(request_id, finish_reason=FinishReason.LOST, error=reason)
             )
+        self._streams.clear()
 
     async def _end_process(self) -> None:
         if self._process.returncode is not None:
             return
-        await self._send_if_there(Shutdown())
+        if self._ready is None:
+            self._process.kill()  # it may not listen yet, and has nothing to finish
+        else:
+            await self._send(Shutdown())
         try:
             async with asyncio.timeout(SHUTDOWN_GRACE_S):
                 await self._process.wait()

@@ -132,9 +132,9 @@ class ExecutorServer:
 
     def _handle(self, command: Command) -> None:
         match command:
-            case AddRequest(spec, arrival_s):
+            case AddRequest(spec, arrival_s, resume_from):
                 try:
-                    self._loop.add(spec, arrival_s)
+                    self._loop.add(spec, arrival_s, resume_from)
                 # The HTTP process checks first; this is for what changed in between.
                 except RequestRejected as error:
                     self._refuse(spec.request_id, FinishReason.ERROR, error)

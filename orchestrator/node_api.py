@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from http import HTTPStatus
 
@@ -12,10 +13,10 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.types import Receive, Scope, Send
 
-from orchestrator.core.admission import check_request
+from orchestrator.core.admission import check_request, check_resume_point
 from orchestrator.core.errors import NodeUnavailable, RequestRejected
 from orchestrator.core.ports import RequestEvent
-from orchestrator.core.request import FinishReason, RequestSpec
+from orchestrator.core.request import FinishReason
 from orchestrator.executor_client import ExecutorClient
 from orchestrator.metrics import NodeMetrics
 from orchestrator.wire import (
@@ -38,6 +39,7 @@ class NodeService:
         self, endpoint_id: str, executor_command: Sequence[str], *, stall_timeout_s: float
     ) -> None:
         self.endpoint_id = endpoint_id
+        self.instance_id = uuid.uuid4().hex
         self.metrics = NodeMetrics()
         self.executor = ExecutorClient(
             executor_command, on_step=self.metrics.step_done, stall_timeout_s=stall_timeout_s
@@ -67,12 +69,17 @@ class NodeService:
         except ValueError as error:
             raise RequestRejected(str(error), field="slo") from error
         check_request(spec, ready.capabilities)
-        return self._events(spec, time.monotonic() - body.elapsed_s)
+        if body.resume_from is not None:
+            check_resume_point(spec, body.resume_from)
+        arrival_s = time.monotonic() - body.elapsed_s
+        return self._counted(self.executor.generate(spec, arrival_s, body.resume_from))
 
-    async def _events(self, spec: RequestSpec, arrival_s: float) -> AsyncGenerator[RequestEvent]:
+    async def _counted(
+        self, generated: AsyncGenerator[RequestEvent]
+    ) -> AsyncGenerator[RequestEvent]:
         reason = FinishReason.ABORT  # if the client leaves before the end
         try:
-            async with contextlib.aclosing(self.executor.generate(spec, arrival_s)) as events:
+            async with contextlib.aclosing(generated) as events:
                 async for event in events:
                     reason = event.finish_reason or reason
                     yield event
@@ -83,42 +90,62 @@ class NodeService:
 class TokenEventsResponse(Response):
     """Streams token events as lines of JSON, each as soon as it is there.
 
-    Headers and first line leave together. A client that closes its connection, even before
-    the first token, ends the events and thereby aborts the request.
+    Headers and first line leave together; after `heartbeat_s` without a line, an empty one does.
+    A client that closes its connection, even before the first token, ends the events and thereby
+    aborts the request.
     """
 
-    def __init__(self, events: AsyncGenerator[RequestEvent]) -> None:
+    def __init__(self, events: AsyncGenerator[RequestEvent], *, heartbeat_s: float) -> None:
         super().__init__(media_type="application/x-ndjson")
         self._events = events
+        self._heartbeat_s = heartbeat_s
+        self._writing = asyncio.Lock()
+        self._last_line_s: float | None = None
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write until the events end or the client leaves."""
         writing = asyncio.create_task(self._write(send))
         leaving = asyncio.create_task(_wait_for_disconnect(receive))
+        beating = asyncio.create_task(self._beat(send))
         try:
             await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if writing.done():
                 writing.result()
         finally:
-            for task in (writing, leaving):
+            for task in (writing, leaving, beating):
                 task.cancel()
-            await asyncio.gather(writing, leaving, return_exceptions=True)
+            await asyncio.gather(writing, leaving, beating, return_exceptions=True)
 
     async def _write(self, send: Send) -> None:
         async with contextlib.aclosing(self._events) as events:
-            first = await anext(events)
-            await send(
-                {
-                    "type": "http.response.start",
-                    "status": HTTPStatus.OK,
-                    "headers": self.raw_headers,
-                }
-            )
-            await send(_body(first))
             async for event in events:
-                await send(_body(event))
-        await send({"type": "http.response.body", "body": b""})
+                await self._write_line(_line(event), send)
+        async with self._writing:
+            await send({"type": "http.response.body", "body": b""})
+
+    async def _beat(self, send: Send) -> None:
+        begun_s = time.monotonic()
+        while True:
+            due_s = (self._last_line_s or begun_s) + self._heartbeat_s
+            pause_s = due_s - time.monotonic()
+            if pause_s > 0:
+                await asyncio.sleep(pause_s)
+            else:
+                await self._write_line(b"\n", send)
+
+    async def _write_line(self, line: bytes, send: Send) -> None:
+        async with self._writing:
+            if self._last_line_s is None:
+                await send(
+                    {
+                        "type": "http.response.start",
+                        "status": HTTPStatus.OK,
+                        "headers": self.raw_headers,
+                    }
+                )
+            self._last_line_s = time.monotonic()
+            await send({"type": "http.response.body", "body": line, "more_body": True})
 
 
 def create_node_app(service: NodeService) -> FastAPI:
@@ -146,7 +173,7 @@ def create_node_app(service: NodeService) -> FastAPI:
             body = _generate_decoder.decode(await request.body())
         except msgspec.DecodeError as error:
             return _error(HTTPStatus.BAD_REQUEST, f"unreadable request: {error}")
-        return TokenEventsResponse(service.start(body))
+        return TokenEventsResponse(service.start(body), heartbeat_s=body.heartbeat_s)
 
     @app.get("/v1/node")
     async def describe() -> Response:
@@ -154,6 +181,7 @@ def create_node_app(service: NodeService) -> FastAPI:
         return _json(
             NodeDescription(
                 endpoint_id=service.endpoint_id,
+                instance_id=service.instance_id,
                 model=ready.model,
                 capabilities=ready.capabilities,
                 latency_profile=ready.latency_profile,
@@ -170,6 +198,7 @@ def create_node_app(service: NodeService) -> FastAPI:
         return _json(
             NodeSnapshot(
                 endpoint_id=service.endpoint_id,
+                instance_id=service.instance_id,
                 seq_no=report.seq_no,
                 load=report.load,
                 is_draining=service.executor.is_draining,
@@ -202,18 +231,14 @@ async def _wait_for_disconnect(receive: Receive) -> None:
         pass
 
 
-def _body(event: RequestEvent) -> dict[str, object]:
-    line = TokenEvent(
+def _line(event: RequestEvent) -> bytes:
+    message = TokenEvent(
         new_token_ids=event.new_token_ids,
         logprobs=event.logprobs,
         finish_reason=event.finish_reason,
         error=event.error,
     )
-    return {
-        "type": "http.response.body",
-        "body": _json_encoder.encode(line) + b"\n",
-        "more_body": True,
-    }
+    return _json_encoder.encode(message) + b"\n"
 
 
 def _json(value: object, status: HTTPStatus = HTTPStatus.OK) -> Response:

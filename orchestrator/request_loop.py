@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.core.admission import check_request
 from orchestrator.core.errors import EngineError, NodeUnavailable, RequestRejected
 from orchestrator.core.kv_state import KVBlockCounts
 from orchestrator.core.ports import EngineIteration, RequestEngine, RequestEvent, SchedulerLoad
-from orchestrator.core.request import FinishReason, RequestSpec
+from orchestrator.core.request import FinishReason, RequestSpec, ResumePoint
 from orchestrator.executor import MAX_CONSECUTIVE_FAILURES
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,14 @@ class RequestLoop:
         """True while any accepted request has not ended."""
         return bool(self._open)
 
-    def add(self, spec: RequestSpec, arrival_s: float) -> None:
+    def add(
+        self, spec: RequestSpec, arrival_s: float, resume_from: ResumePoint | None = None
+    ) -> None:
         """Accept a request; the engine does not ask when it arrived.
+
+        With `resume_from`, the tokens that another node has delivered become part of the prompt.
+        Greedy output is the same by that; drawn tokens follow the same distribution, but the
+        engine's random generator begins anew.
 
         Raises:
             RequestRejected: the request can never run here.
@@ -69,6 +75,8 @@ class RequestLoop:
         """
         if self.is_draining:
             raise NodeUnavailable("the node is draining and takes no new requests")
+        if resume_from is not None:
+            spec = _remainder(spec, resume_from.output_token_ids)
         check_request(spec, self._engine.capabilities)
         if spec.request_id in self._open:
             raise RequestRejected(
@@ -153,3 +161,13 @@ class RequestLoop:
                 device_free=num_free_blocks, device_used=num_blocks - num_free_blocks
             ),
         )
+
+
+def _remainder(spec: RequestSpec, delivered_token_ids: tuple[int, ...]) -> RequestSpec:
+    """Return what is left to do of a request after these tokens."""
+    num_left = spec.sampling.max_tokens - len(delivered_token_ids)
+    return replace(
+        spec,
+        prompt_token_ids=(*spec.prompt_token_ids, *delivered_token_ids),
+        sampling=replace(spec.sampling, max_tokens=num_left),
+    )

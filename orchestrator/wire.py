@@ -4,6 +4,7 @@ HTTP service of a node:
 
     POST /v1/generate        body GenerateRequest; answers lines of TokenEvent as
                              application/x-ndjson, the last one with a `finish_reason`.
+                             Empty lines in between say that the request is alive.
                              Closing the connection aborts the request.
     GET  /v1/node            NodeDescription: what is served, its limits and latency profile
     GET  /v1/snapshot        NodeSnapshot: load now
@@ -18,6 +19,7 @@ machines: a request carries the seconds already spent on it, not a point in time
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import msgspec
 
@@ -30,7 +32,7 @@ from orchestrator.core.ports import (
     SchedulerLoad,
     TokenLogprobs,
 )
-from orchestrator.core.request import FinishReason, RequestSpec, SamplingParams
+from orchestrator.core.request import FinishReason, RequestSpec, ResumePoint, SamplingParams
 from orchestrator.core.slo import Slo
 
 
@@ -54,6 +56,13 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True, forbid_un
 
     cache_salt: str = ""
     """Only requests with the same one share KV."""
+
+    heartbeat_s: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    """The answer never pauses for longer while the request is alive: without news, the node sends
+    an empty line. Silence therefore means that the node is dead, stopped or cut off."""
+
+    resume_from: ResumePoint | None = None
+    """What another node has delivered of this sequence already; the answer begins behind it."""
 
     def to_spec(self) -> RequestSpec:
         """Return the core's form of this request."""
@@ -98,6 +107,9 @@ class NodeDescription(msgspec.Struct, frozen=True):
     """Body of GET /v1/node; does not change while the node lives."""
 
     endpoint_id: str
+    instance_id: str
+    """Of this process: another one behind the same address has another."""
+
     model: str
     """Name under which the model is served."""
 
@@ -113,6 +125,7 @@ class NodeSnapshot(msgspec.Struct, frozen=True):
     """Body of GET /v1/snapshot."""
 
     endpoint_id: str
+    instance_id: str
     seq_no: int
     """Grows with every executor step; a smaller one is older."""
 
@@ -127,6 +140,8 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True):
     arrival_s: float
     """When the client's request arrived, on this machine's monotonic clock, which both
     processes share; seconds spent before the node are already subtracted."""
+
+    resume_from: ResumePoint | None = None
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag=True):

@@ -70,6 +70,14 @@ class RequestRecord:
 
     error_type: str = ""
     has_client_left: bool = False
+    replay_of: RequestRecord | None = None
+    """The earlier request whose answer this one gets, because both have the same key."""
+
+    num_holders: int = 1
+    """Who still works on the request: at first its HTTP exchange alone."""
+
+    ending: tuple[str, int] = ("unknown", CLIENT_LEFT_STATUS)
+    """Route and status of the HTTP exchange, when it has ended."""
 
     def identify(self, client: Client, key_id: str | None) -> None:
         """The sender is known."""
@@ -103,12 +111,28 @@ class RequestRecord:
         yield REQUEST_ID_HEADER.lower(), self.request_id
         if self.client is not None:
             yield from self.client.limiter.headers(now_s)
-        if self.completion_id is not None:
-            yield SERVED_AS_HEADER.lower(), self.demoted_to or self.priority_class
+        served = self.replay_of or self
+        if served.completion_id is not None:
+            yield SERVED_AS_HEADER.lower(), served.demoted_to or served.priority_class
+
+    def hold(self) -> None:
+        """The answer is made apart from the HTTP exchange; what it holds stays until `release`."""
+        self.num_holders += 1
 
     def close(self, route: str, status: int, now_s: float) -> None:
-        """The answer has ended: give back what it held, count it, and log it if it was a
-        generation or refused."""
+        """The HTTP exchange has ended."""
+        self.ending = (route, status)
+        if self.completion_id is not None and self.has_client_left:
+            self._class_metrics.disconnects.inc()
+        self.release(now_s)
+
+    def release(self, now_s: float) -> None:
+        """One holder is done; with the last, give back what the request held, count it, and log it
+        if it was a generation or refused."""
+        self.num_holders -= 1
+        if self.num_holders > 0:
+            return
+        route, status = self.ending
         if self.lease is not None:
             num_tokens = self.num_prompt_tokens + self.num_completion_tokens
             # What ends as our failure is not held against the client.
@@ -120,9 +144,8 @@ class RequestRecord:
         if self.completion_id is not None:
             self._class_metrics.in_progress.dec()
             self._class_metrics.duration.observe(duration_s)
-            if self.has_client_left:
-                self._class_metrics.disconnects.inc()
-        if self.completion_id is None and self.error is None and not self.has_client_left:
+        is_of_interest = self.error is not None or self.has_client_left or self.replay_of
+        if self.completion_id is None and not is_of_interest:
             return  # Health checks and scrapes would drown the rest.
         _log.info(
             "request",
@@ -142,6 +165,7 @@ class RequestRecord:
             finish_reasons=self.finish_reasons,
             error=self.error,
             has_client_left=self.has_client_left,
+            replay_of=self.replay_of and self.replay_of.completion_id,
         )
 
     @property

@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from typing import TypeVar
 
 import msgspec
 import structlog
 from fastapi import FastAPI, Request, Response
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -21,20 +19,19 @@ from orchestrator.core.errors import ProServeError
 from orchestrator.core.ports import Clock
 from router.access import CLIENT_LEFT_STATUS, REQUEST_ID_HEADER, AccessLog, RequestRecord
 from router.admission import Admission
+from router.bodies import parsed_body, read_body
 from router.client_directory import Client, ClientDirectory
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.endpoints import EndpointPool
 from router.errors import (
     ErrorAnswer,
-    Refused,
     error_answer,
     error_headers,
     http_error_answer,
-    refusal_of,
-    refuse_repeated_keys,
 )
 from router.generation import Generation, GenerationTools
+from router.idempotency import KeptAnswers, request_key
 from router.metrics import CONTENT_TYPE, RouterMetrics
 from router.node_client import NodeClient
 from router.open_requests import OpenRequests
@@ -47,13 +44,11 @@ from router.responses import (
     Model,
     ModelList,
 )
-from router.schema import ChatCompletionBody, CompletionBody, GenerationBody
+from router.schema import ChatCompletionBody, CompletionBody
 from router.streaming import AnswerHead, EventStream, WholeAnswer
 from router.terms import ServiceTerms
 from router.tokenizer import Tokenizer
 from router.translation import GenerationPlan, Sender, Translator, model_not_found
-
-BodyT = TypeVar("BodyT", bound=GenerationBody)
 
 _encoder = msgspec.json.Encoder()
 _log = structlog.get_logger("router")
@@ -85,8 +80,7 @@ class RouterService:
             self.client,
             clock,
             model=config.model,
-            poll_interval_s=config.snapshot_poll_interval_s,
-            max_snapshot_age_s=config.max_snapshot_age_s,
+            settings=config,
         )
         self.directory = _directory(config, clock, self.metrics)
         self._everybody = Client.everybody(
@@ -106,13 +100,14 @@ class RouterService:
                 _policy(config),
                 clock,
                 self.metrics,
-                max_attempts=config.max_attempts,
+                rules=config.retry_rules(),
             ),
             tokenizer=tokenizer,
             metrics=self.metrics,
             clock=clock,
             open_requests=self.open_requests,
         )
+        self.kept_answers = KeptAnswers(config.idempotency, clock, self.metrics)
 
     async def start(self) -> None:
         """Begin to follow the nodes and the clients file."""
@@ -124,6 +119,7 @@ class RouterService:
 
     async def stop(self) -> None:
         """End what `start` began, and all connections."""
+        await self.kept_answers.close()
         await self.pool.stop()
         if self.directory is not None:
             await self.directory.stop()
@@ -178,36 +174,34 @@ class RouterService:
             return EventStream(head, generation, answer_format, plan.stream_options, record)
         return WholeAnswer(head, generation, answer_format, record)
 
-    async def read(self, request: Request, body_type: type[BodyT]) -> BodyT:
-        """Return the request's body.
+    async def once(
+        self, request: Request, begin: Callable[[bytes, Sender], Awaitable[Response]]
+    ) -> Response:
+        """Return the response to a request for a generation: what `begin` makes of its body and
+        sender, unless an earlier request with the same key has an answer.
 
         Raises:
-            RequestRejected: it is too large, too slow, not JSON, or does not fit the schema.
-            NodeUnavailable: the router is shutting down.
+            RequestRejected: the sender may not do that, or not now; the body cannot be read; or
+                something in the request is wrong.
+            NodeUnavailable: the router is shutting down, or no node has said what it can serve.
         """
-        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if content_type != "application/json":
-            raise Refused(
-                f"content-type is {content_type[:64]!r}, it must be 'application/json'",
-                status=415,
-                code="unsupported_media_type",
+        record: RequestRecord = request.state.record
+        client = self.take_request(request)
+        sender = Sender(client, request.headers, record.arrival_s)
+        with self.open_requests.until_shutdown():
+            content = await read_body(
+                request,
+                max_bytes=self.config.max_body_bytes,
+                timeout_s=self.config.body_timeout_s,
             )
-        try:
-            with self.open_requests.until_shutdown():
-                async with asyncio.timeout(self.config.body_timeout_s):
-                    content = await _read_body(request, self.config.max_body_bytes)
-        except TimeoutError:
-            raise Refused(
-                f"the body was not complete after {self.config.body_timeout_s:g} s",
-                status=408,
-                code="body_timeout",
-            ) from None
-        try:
-            body = body_type.model_validate_json(content)
-        except ValidationError as error:
-            raise refusal_of(error, known_fields=list(body_type.model_fields)) from error
-        refuse_repeated_keys(content)
-        return body
+        key = request_key(request, content, client_name=client.name)
+        if key is None:
+            return await begin(content, sender)
+        kept = self.kept_answers.find(key, record)
+        if kept is None:
+            self.kept_answers.check_room()
+            kept = self.kept_answers.keep(key, await begin(content, sender), request)
+        return kept
 
 
 def create_app(
@@ -253,26 +247,30 @@ def _add_generation_routes(app: FastAPI, service: RouterService) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         record: RequestRecord = request.state.record
-        client = service.take_request(request)
-        body = await service.read(request, ChatCompletionBody)
-        sender = Sender(client, request.headers, record.arrival_s)
-        plan = await service.translator.plan_chat(body, sender)
-        answer_format = ChatFormat(service.tokenizer, has_logprobs=bool(body.logprobs))
-        return service.answer(plan, answer_format, record, client)
+
+        async def begin(content: bytes, sender: Sender) -> Response:
+            body = parsed_body(content, ChatCompletionBody)
+            plan = await service.translator.plan_chat(body, sender)
+            answer_format = ChatFormat(service.tokenizer, has_logprobs=bool(body.logprobs))
+            return service.answer(plan, answer_format, record, sender.client)
+
+        return await service.once(request, begin)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         record: RequestRecord = request.state.record
-        client = service.take_request(request)
-        body = await service.read(request, CompletionBody)
-        sender = Sender(client, request.headers, record.arrival_s)
-        plan = await service.translator.plan_completion(body, sender)
-        answer_format = CompletionFormat(
-            service.tokenizer,
-            has_logprobs=body.logprobs is not None,
-            echoes=[sequence.prompt.echo for sequence in plan.sequences],
-        )
-        return service.answer(plan, answer_format, record, client)
+
+        async def begin(content: bytes, sender: Sender) -> Response:
+            body = parsed_body(content, CompletionBody)
+            plan = await service.translator.plan_completion(body, sender)
+            answer_format = CompletionFormat(
+                service.tokenizer,
+                has_logprobs=body.logprobs is not None,
+                echoes=[sequence.prompt.echo for sequence in plan.sequences],
+            )
+            return service.answer(plan, answer_format, record, sender.client)
+
+        return await service.once(request, begin)
 
 
 def _add_information_routes(app: FastAPI, service: RouterService) -> None:
@@ -347,23 +345,6 @@ def _refuse(
 
 def _json(status: int, value: object, headers: dict[str, str] | None = None) -> Response:
     return Response(_encoder.encode(value), status, headers, media_type="application/json")
-
-
-async def _read_body(request: Request, limit: int) -> bytes:
-    refusal = Refused(
-        f"the body has more than {limit:,} bytes, the limit; send less",
-        status=413,
-        code="body_too_large",
-    )
-    announced = request.headers.get("content-length", "0")
-    if announced.isdigit() and int(announced) > limit:
-        raise refusal
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise refusal
-    return bytes(body)
 
 
 def _directory(

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import (
     AfterValidator,
     BaseModel,
+    ByteSize,
     ConfigDict,
     Field,
     FiniteFloat,
@@ -19,6 +20,8 @@ from pydantic import (
 )
 
 from orchestrator.core.slo import PriorityClass, Slo
+from router.health import BreakerRules
+from router.retries import RetryRules
 from router.schema import ObjectiveMs
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
@@ -105,6 +108,52 @@ class AdmissionConfig(BaseModel):
     429 and the time after which the queues are predicted to be short enough."""
 
 
+class HealthConfig(BaseModel):
+    """When a node is left out, and how it is taken in again."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    breaker_failures: PositiveInt = 3
+    """A node that fails on so many requests in a row gets none for a while."""
+
+    breaker_open_s: PositiveFloat = 1.0
+    """How long at first. Then one request is tried, and if that fails too, it is twice as long."""
+
+    breaker_max_open_s: PositiveFloat = 30.0
+    """How long at most."""
+
+    slow_start_s: Annotated[FiniteFloat, Field(ge=0)] = 10.0
+    """A node that comes back gets its full share of requests after this long, and a growing one
+    until then, as long as other nodes can be used. 0 gives it all at once."""
+
+    def breaker_rules(self) -> BreakerRules:
+        """Return the rules of a node's circuit breaker."""
+        return BreakerRules(
+            num_failures=self.breaker_failures,
+            first_open_s=self.breaker_open_s,
+            max_open_s=self.breaker_max_open_s,
+        )
+
+
+class IdempotencyConfig(BaseModel):
+    """What is kept of the answers to requests with an `Idempotency-Key`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    keep_s: PositiveFloat = 600.0
+    """A repeated request gets the answer of the first for this long after its end."""
+
+    max_answers: PositiveInt = 10_000
+    """Answers kept and being made; further requests with a key are refused."""
+
+    max_bytes: Annotated[ByteSize, Field(gt=0)] = ByteSize(256 * 1024 * 1024)
+    """Their size, as it goes over the wire. Those that ended first make room. While those being
+    made alone are larger, further requests with a key are refused."""
+
+    abandon_after_s: PositiveFloat = 30.0
+    """An answer that is being made and that no client has read for this long is given up."""
+
+
 # Neighbouring classes are worth 2 to 1, as in the open traces of ProServe (arXiv 2512.12928);
 # the objectives of `high` are those that xLLM ships, the others relax them.
 DEFAULT_CLASSES = (
@@ -156,18 +205,38 @@ class RouterSettings(BaseModel):
     connect_timeout_s: PositiveFloat = 1.0
     """A node that does not accept a connection in this time counts as unavailable."""
 
-    stall_timeout_s: PositiveFloat = 300.0
-    """A node that is silent on a request for this long counts as unavailable; it must exceed the
-    longest wait for a first token."""
+    stall_timeout_s: PositiveFloat = 10.0
+    """A node that is silent on a request for this long has lost it. However busy it is, a node
+    that works gives signs of life five times as often."""
 
-    max_attempts: PositiveInt = 3
-    """Nodes tried for one sequence before its first token; none is tried twice."""
+    max_attempts: PositiveInt = 5
+    """Nodes that one sequence is sent to. No node process gets it twice."""
+
+    retry_delay_s: PositiveFloat = 0.05
+    """Longest pause before a sequence that lost its node is sent to another one. It is doubled for
+    each further try without a token, and each time a random part of it is waited."""
+
+    max_retry_delay_s: PositiveFloat = 1.0
+    """Longest of these pauses."""
+
+    max_wait_s: PositiveFloat = 30.0
+    """A sequence that lost its node, and finds no other, is given up after this long."""
+
+    default_max_wait_s: Annotated[FiniteFloat, Field(ge=0)] | None = None
+    """`max_wait_ms` of requests that do not say it, in seconds. None: they are sent to another node
+    only while a token of them can be in time, and wait for one only if they have lost one."""
 
     snapshot_poll_interval_s: PositiveFloat = 0.25
     """Pause between two looks at a node's load."""
 
     max_snapshot_age_s: PositiveFloat = 3.0
     """A node not heard of for longer gets no requests."""
+
+    health: HealthConfig = HealthConfig()
+    """When a node is left out, and how it is taken in again."""
+
+    idempotency: IdempotencyConfig = IdempotencyConfig()
+    """What is kept of the answers to requests with an `Idempotency-Key`."""
 
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
@@ -184,6 +253,15 @@ class RouterSettings(BaseModel):
                 f"snapshot_poll_interval_s, {self.snapshot_poll_interval_s}"
             )
         return self
+
+    def retry_rules(self) -> RetryRules:
+        """Return when a sequence that lost its node is sent to another one."""
+        return RetryRules(
+            max_attempts=self.max_attempts,
+            first_delay_s=self.retry_delay_s,
+            max_delay_s=self.max_retry_delay_s,
+            max_wait_s=self.max_wait_s,
+        )
 
 
 class RouterConfig(RouterSettings):

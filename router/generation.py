@@ -97,7 +97,9 @@ class Generation:
             client=self._client_metrics,
         )
         place = self._lease.places[index]
-        batches = self._tools.dispatcher.generate(routing, request, self._record.endpoint_ids)
+        batches = self._tools.dispatcher.generate(
+            routing, request, self._record.endpoint_ids, max_wait_s=plan.max_wait_s
+        )
         try:
             async with aclosing(batches):
                 async for events in batches:

@@ -42,6 +42,37 @@ class ClientMetrics:
         self.gain_possible = metrics.client_gain_possible.labels(client)
 
 
+class FailoverMetrics:
+    """What it takes that no request is lost, and none is done twice."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        retries = Counter(
+            "proserve_router_retries_total",
+            "Sequences sent to another node because one had failed on them, by whether tokens had "
+            "been delivered already.",
+            ("after_tokens",),
+            registry=registry,
+        )
+        self.retries = {True: retries.labels("true"), False: retries.labels("false")}
+        """By whether tokens had been delivered."""
+
+        self.sequences_given_up = Counter(
+            "proserve_router_sequences_given_up_total",
+            "Sequences that no node took, or none finished.",
+            registry=registry,
+        )
+        self.idempotent_replays = Counter(
+            "proserve_router_idempotent_replays_total",
+            "Requests answered with the answer of an earlier one that had the same key.",
+            registry=registry,
+        )
+        self.kept_answer_bytes = Gauge(
+            "proserve_router_kept_answer_bytes",
+            "Size of the answers that are kept for repeated requests.",
+            registry=registry,
+        )
+
+
 class RouterMetrics:
     """All metrics of one router, in a registry of their own."""
 
@@ -101,6 +132,7 @@ class RouterMetrics:
             ("endpoint_id",),
             registry=registry,
         )
+        self.failover = FailoverMetrics(registry)
         self._endpoint_usable = Gauge(
             "proserve_router_endpoint_usable",
             "1 if the node may be sent requests now.",

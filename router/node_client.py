@@ -19,6 +19,7 @@ from orchestrator.wire import (
     NodeSnapshot,
     TokenEvent,
 )
+from router.upstream_socket import open_upstream_socket
 
 Answer = TypeVar("Answer")
 
@@ -26,6 +27,10 @@ Answer = TypeVar("Answer")
 # request into a connection that is just being closed.
 KEEPALIVE_S = 3.0
 MAX_LINE_BYTES = 1024 * 1024
+
+HEARTBEATS_PER_STALL = 5
+"""Signs of life that a node gets the time to send before its silence ends a sequence: a few may
+be late on a busy machine."""
 
 _encoder = msgspec.json.Encoder()
 _event_decoder = msgspec.json.Decoder(TokenEvent)
@@ -39,6 +44,9 @@ class NodeClient:
     """
 
     def __init__(self, *, connect_timeout_s: float, stall_timeout_s: float) -> None:
+        """A node that is silent on a sequence for `stall_timeout_s` has lost it; it is asked for
+        signs of life that come several times as often."""
+        self._heartbeat_s = stall_timeout_s / HEARTBEATS_PER_STALL
         self._timeout = httpx.Timeout(
             connect=connect_timeout_s, read=stall_timeout_s, write=stall_timeout_s, pool=None
         )
@@ -71,6 +79,7 @@ class NodeClient:
     ) -> AsyncGenerator[Sequence[TokenEvent]]:
         """Yield the events of one sequence up to the one with a `finish_reason`.
 
+        An empty batch is a sign of life: the node has the request and no news.
         Events come as soon as they are here; those that are here together come together, so
         that a router that has fallen behind catches up with fewer writes.
         Closing the generator early closes the connection, which aborts the request on the node.
@@ -80,23 +89,30 @@ class NodeClient:
                 silent, or ends without a finish reason.
             RequestRejected: the node finds the request invalid.
         """
-        with _as_node_unavailable(url):
-            async with self._http.stream(
-                "POST",
-                f"{url}/v1/generate",
-                content=_encoder.encode(request),
-                headers={"content-type": "application/json", "accept-encoding": "identity"},
-                timeout=self._timeout,
-            ) as response:
-                if response.status_code != httpx.codes.OK:
-                    raise _refusal(url, response.status_code, await response.aread())
-                is_finished = False
-                async for events in _events(response):
-                    is_finished = events[-1].finish_reason is not None
-                    yield events
-                    # Read on to the end of the answer, so that the connection can be kept.
-        if not is_finished:
-            raise NodeUnavailable(f"node {url} ended its answer before the request's end")
+        request = msgspec.structs.replace(request, heartbeat_s=self._heartbeat_s)
+        is_finished = False
+        try:
+            with _as_node_unavailable(url):
+                async with self._http.stream(
+                    "POST",
+                    f"{url}/v1/generate",
+                    content=_encoder.encode(request),
+                    headers={"content-type": "application/json", "accept-encoding": "identity"},
+                    timeout=self._timeout,
+                ) as response:
+                    if response.status_code != httpx.codes.OK:
+                        raise _refusal(url, response.status_code, await response.aread())
+                    async for events in _events(response):
+                        is_finished = is_finished or _has_last(events)
+                        yield events
+                        # Read on to the end of the answer, so that the connection can be kept.
+        except NodeUnavailable:
+            # Once everything was said, it does not matter how the connection ends.
+            if not is_finished:
+                raise
+        else:
+            if not is_finished:
+                raise NodeUnavailable(f"node {url} ended its answer before the request's end")
 
     async def _get(self, url: str, answer_type: type[Answer], timeout_s: float) -> Answer:
         with _as_node_unavailable(url):
@@ -108,8 +124,14 @@ class NodeClient:
 
 def _open_session() -> aiohttp.ClientSession:
     # The router bounds its load elsewhere; here a limit would only queue requests unseen.
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
+    connector = aiohttp.TCPConnector(
+        limit=0, keepalive_timeout=KEEPALIVE_S, socket_factory=open_upstream_socket
+    )
     return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+
+
+def _has_last(events: Sequence[TokenEvent]) -> bool:
+    return bool(events) and events[-1].finish_reason is not None
 
 
 async def _events(response: httpx.Response) -> AsyncGenerator[Sequence[TokenEvent]]:
@@ -122,12 +144,13 @@ async def _events(response: httpx.Response) -> AsyncGenerator[Sequence[TokenEven
         events: list[TokenEvent] = []
         try:
             for line in lines:
-                events.append(_event_decoder.decode(line))
+                if line:
+                    events.append(_event_decoder.decode(line))
         except msgspec.MsgspecError:
             if events:
                 yield events
             raise
-        if events:
+        if lines:
             yield events
     if rest:
         raise NodeUnavailable("node ended its answer in the middle of a line")

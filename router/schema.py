@@ -27,6 +27,7 @@ MIN_OBJECTIVE_MS = 0.001
 """No clock here sees less; far smaller values would be 0 in seconds."""
 
 MAX_OBJECTIVE_MS = 3_600_000
+MAX_WAIT_MS = 3_600_000
 MIN_REPETITION_PENALTY = 0.01
 MAX_REPETITION_PENALTY = 100
 """Logits are multiplied or divided by it, and have to stay finite."""
@@ -130,6 +131,9 @@ class Message(Body):
 
 
 ObjectiveMs = Annotated[float, Field(ge=MIN_OBJECTIVE_MS, le=MAX_OBJECTIVE_MS)]
+
+
+WaitMs = Annotated[float, Field(ge=0, le=MAX_WAIT_MS)]
 
 
 class SloBody(Body):
@@ -239,6 +243,10 @@ class GenerationBody(Body):
 
     slo: SloBody | None = None
     """Latency objectives, in place of the class's."""
+
+    max_wait_ms: WaitMs | None = None
+    """How long the request may be without a node, at its start or because one failed, even if no
+    token of it can be in time any more."""
 
     logit_bias: Annotated[Any, refused_unless({})] = None
     user: str | None = None

@@ -13,11 +13,21 @@ from orchestrator.core.slo import PriorityClass, Slo
 from router.clients import ClientConfig
 from router.config import ServiceClassConfig
 from router.errors import Refused, cut
-from router.schema import MAX_OBJECTIVE_MS, MIN_OBJECTIVE_MS, GenerationBody, SloBody
+from router.schema import (
+    MAX_OBJECTIVE_MS,
+    MAX_WAIT_MS,
+    MIN_OBJECTIVE_MS,
+    GenerationBody,
+    SloBody,
+)
 
 PRIORITY_HEADER = "X-ProServe-Priority"
 TTFT_HEADER = "X-ProServe-TTFT-MS"
 TPOT_HEADER = "X-ProServe-TPOT-MS"
+MAX_WAIT_HEADER = "X-ProServe-Max-Wait-MS"
+
+TERMS_HEADERS = (PRIORITY_HEADER, TTFT_HEADER, TPOT_HEADER, MAX_WAIT_HEADER)
+"""All that say what a body could say too."""
 
 T = TypeVar("T")
 
@@ -161,6 +171,16 @@ def _limited(
     )
 
 
+def max_wait_s(body: GenerationBody, headers: Headers) -> float | None:
+    """Return how long a request may be without a node; None if it does not say.
+
+    Raises:
+        RequestRejected: the header is no such time, or body and header disagree.
+    """
+    wait_ms = agreed(("max_wait_ms", body.max_wait_ms), _header(headers, MAX_WAIT_HEADER, _wait_ms))
+    return None if wait_ms is None else wait_ms / 1000
+
+
 def agreed(*named_values: tuple[str, T | None]) -> T | None:
     """Return the one value that a client gave by several names; None if it gave none."""
     given = [(name, value) for name, value in named_values if value is not None]
@@ -196,13 +216,19 @@ def _header(headers: Headers, name: str, parse: Callable[[str], T]) -> tuple[str
 
 
 def _objective_ms(text: str) -> float:
-    expected = (
-        f"a number of milliseconds, at least {MIN_OBJECTIVE_MS} and at most {MAX_OBJECTIVE_MS}"
-    )
+    return _milliseconds(text, MIN_OBJECTIVE_MS, MAX_OBJECTIVE_MS)
+
+
+def _wait_ms(text: str) -> float:
+    return _milliseconds(text, 0, MAX_WAIT_MS)
+
+
+def _milliseconds(text: str, least: float, most: float) -> float:
+    expected = f"a number of milliseconds, at least {least} and at most {most}"
     try:
         value = float(text)
     except ValueError:
         raise ValueError(expected) from None
-    if not MIN_OBJECTIVE_MS <= value <= MAX_OBJECTIVE_MS:  # NaN is not either.
+    if not least <= value <= most:  # NaN is not either.
         raise ValueError(expected)
     return value

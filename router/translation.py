@@ -25,7 +25,7 @@ from router.schema import (
     GenerationBody,
     StreamOptions,
 )
-from router.terms import agreed
+from router.terms import agreed, max_wait_s
 from router.tokenizer import Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -81,6 +81,9 @@ class GenerationPlan:
 
     num_prompt_tokens: int
     """Each prompt counted once."""
+
+    max_wait_s: float | None
+    """How long it may be without a node; None if nobody says."""
 
     stop: tuple[str, ...]
     is_stream: bool
@@ -196,6 +199,7 @@ class Translator:
                 field="stream_options.continuous_usage_stats",
             )
         priority_class, slo = sender.client.terms.of(body, sender.headers)
+        wait_s = max_wait_s(body, sender.headers)
         num_choices = body.n or 1
         limit = self._config.max_sequences_per_request
         if len(prompts) * num_choices > limit:
@@ -225,6 +229,7 @@ class Translator:
                 for choice in range(num_choices)
             ),
             num_prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
+            max_wait_s=self._config.default_max_wait_s if wait_s is None else wait_s,
             stop=body.stop_strings,
             is_stream=bool(body.stream),
             stream_options=stream_options,

@@ -12,7 +12,7 @@ import httpx
 import msgspec
 import uvicorn
 
-from orchestrator.core.request import SamplingParams
+from orchestrator.core.request import ResumePoint, SamplingParams
 from orchestrator.node_api import NodeService, create_node_app
 from orchestrator.wire import GenerateRequest, NodeSnapshot, TokenEvent
 
@@ -33,7 +33,8 @@ class Node:
     async def generate(self, body: GenerateRequest) -> list[TokenEvent]:
         answer = await self.client.post("/v1/generate", content=msgspec.json.encode(body))
         assert answer.status_code == 200, answer.text
-        return [msgspec.json.decode(line, type=TokenEvent) for line in answer.text.splitlines()]
+        lines = [line for line in answer.text.splitlines() if line]
+        return [msgspec.json.decode(line, type=TokenEvent) for line in lines]
 
     async def runs(self, num_requests: int) -> bool:
         """Whether so many requests are reported as running."""
@@ -82,6 +83,8 @@ def body(
     max_tokens: int = 3,
     ttft_s: float = 1.0,
     weight: float = 1.0,
+    heartbeat_s: float = 1.0,
+    resume_from: ResumePoint | None = None,
 ) -> GenerateRequest:
     return GenerateRequest(
         request_id=request_id,
@@ -90,4 +93,6 @@ def body(
         priority_class="normal",
         weight=weight,
         ttft_s=ttft_s,
+        heartbeat_s=heartbeat_s,
+        resume_from=resume_from,
     )

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    model_validator,
+)
 
 from engines.manifest import read_manifest
 from orchestrator.config import NodeConfig
@@ -18,6 +25,29 @@ def local_url(host: str, port: int) -> str:
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 
 
+class RestartConfig(BaseModel):
+    """What is done about a node that ends."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    max_restarts: NonNegativeInt = 5
+    """How often a node is started again within `window_s`; if it ends once more, it stays down.
+    0 starts none again."""
+
+    window_s: PositiveFloat = 300.0
+    """Ends that are longer ago are forgotten."""
+
+    first_pause_s: PositiveFloat = 0.5
+    """Pause before a node is started again; twice as long for each further end in the window."""
+
+    max_pause_s: PositiveFloat = 30.0
+    """Longest such pause."""
+
+    max_unhealthy_s: PositiveFloat = 90.0
+    """A node whose health check has not succeeded for this long is killed and started again, for
+    example because it is stopped or its engine hangs."""
+
+
 class DeploymentConfig(BaseModel):
     """Everything `proserve serve` starts."""
 
@@ -29,6 +59,9 @@ class DeploymentConfig(BaseModel):
 
     nodes: Annotated[tuple[NodeConfig, ...], Field(min_length=1)]
     """The nodes to start."""
+
+    restarts: RestartConfig = RestartConfig()
+    """What is done about a node that ends."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 def main() -> int:
     """Run `CONFIG_JSON ADDRESS`: a NodeConfig, and the socket of the HTTP process."""
+    # Even if the engine hangs: the node that takes the place of ours needs its device memory.
+    processes.die_with_parent(signal.SIGKILL)
     config, address = NodeConfig.model_validate_json(sys.argv[1]), sys.argv[2]
     configure_logging(component=f"{config.endpoint_id} executor")
     meeting_point = Path(address.removeprefix("ipc://")).with_name("ranks.sock")

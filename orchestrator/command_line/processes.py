@@ -24,10 +24,10 @@ CUT_GRACE_S = 3
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
-def die_with_parent() -> None:
-    """Ask Linux to send SIGTERM to this process when its parent ends, however that happens."""
+def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Ask Linux to send a signal to this process when its parent ends, however that happens."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def become(command: Sequence[str]) -> NoReturn:

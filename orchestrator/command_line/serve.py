@@ -10,40 +10,18 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import httpx
 from pydantic import BaseModel
 from rich.console import Console
 
 from orchestrator.command_line.deployment import DeploymentConfig, local_url
-from orchestrator.command_line.processes import CUT_GRACE_S, DRAIN_GRACE_S
-from orchestrator.core.errors import ProServeError
+from orchestrator.command_line.service import Service, StartFailed
+from orchestrator.command_line.supervisor import keep_running
 from router.config import RouterConfig
-
-HEALTH_POLL_S = 0.1
-"""Pause between health checks while a service starts."""
-
-HEALTH_WATCH_S = 2.0
-"""Pause between health checks of a running service."""
-
-STOP_GRACE_S = DRAIN_GRACE_S + CUT_GRACE_S + 12
-"""Time a service has to end after SIGTERM before it is killed; longer than it lets streams run."""
-
-
-class StartFailed(ProServeError):
-    """A service ended, or became unhealthy for good, before the deployment was ready."""
-
-
-@dataclass(slots=True)
-class Service:
-    """One process of the deployment."""
-
-    name: str
-    url: str
-    process: asyncio.subprocess.Process
 
 
 async def serve(config: DeploymentConfig, *, start_timeout_s: float, console: Console) -> int:
@@ -56,19 +34,20 @@ async def serve(config: DeploymentConfig, *, start_timeout_s: float, console: Co
     _check_ports_are_free(config)
     router_config = config.router_config()
     stopping = _stop_signal()
+    announce = partial(console.print, soft_wrap=True, highlight=False, markup=False)
     async with contextlib.AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="proserve-serve-")))
-        services = []
-        for node in config.nodes:
-            url = local_url(node.host, node.port)
-            service = _run("node", node.endpoint_id, url, node, directory)
-            services.append(await stack.enter_async_context(service))
+        nodes = [
+            _service("node", node.endpoint_id, local_url(node.host, node.port), node, directory)
+            for node in config.nodes
+        ]
         url = local_url(router_config.host, router_config.port)
-        router = await stack.enter_async_context(
-            _run("router", "router", url, router_config, directory)
-        )
+        router = _service("router", "router", url, router_config, directory)
         # The router ends first, so that no request is routed to a node that is going.
-        ready = asyncio.create_task(_wait_until_healthy([*services, router], start_timeout_s))
+        for service in [*nodes, router]:
+            stack.push_async_callback(service.stop)
+            await service.start()
+        ready = asyncio.create_task(_wait_until_healthy([*nodes, router], start_timeout_s))
         await _first_of(ready, stopping)
         if stopping.done():
             ready.cancel()
@@ -76,113 +55,67 @@ async def serve(config: DeploymentConfig, *, start_timeout_s: float, console: Co
         ready.result()
         greeting = _greeting(url, router_config, time.monotonic() - started_s)
         console.print(greeting, soft_wrap=True, highlight=False)
-        ended = await _wait_for_end(services, router, stopping)
+        supervising = [
+            asyncio.create_task(
+                keep_running(
+                    node, config.restarts, start_timeout_s=start_timeout_s, announce=announce
+                )
+            )
+            for node in nodes
+        ]
+        stack.push_async_callback(_cancel, supervising)
+        ended = await _wait_for_end(supervising, router, stopping)
         if ended is not None:
-            console.print(f"[red]{ended} is gone[/], its log says why; stopping")
+            announce(f"{ended}; stopping")
             return 1
-        console.print("stopping")
+        announce("stopping")
     return 0
 
 
-@contextlib.asynccontextmanager
-async def _run(
-    command: str, name: str, url: str, config: BaseModel, directory: Path
-) -> AsyncIterator[Service]:
+def _service(command: str, name: str, url: str, config: BaseModel, directory: Path) -> Service:
     path = directory / f"{name}.yaml"  # JSON is YAML
     path.write_text(json.dumps(config.model_dump(mode="json")))
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "orchestrator.command_line.main",
-        command,
-        str(path),
-        "--die-with-parent",
-        start_new_session=True,  # Ctrl-C reaches us alone; we stop the services in order
-    )
+    main = (sys.executable, "-m", "orchestrator.command_line.main")
+    return Service(name, url, (*main, command, str(path), "--die-with-parent"))
+
+
+async def _wait_until_healthy(services: Sequence[Service], timeout_s: float) -> None:
+    waiting = [asyncio.create_task(service.wait_until_healthy(timeout_s)) for service in services]
     try:
-        yield Service(name, url, process)
+        done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
     finally:
-        await _stop(process)
-
-
-async def _stop(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is not None:
-        return
-    process.terminate()
-    try:
-        async with asyncio.timeout(STOP_GRACE_S):
-            await process.wait()
-    except TimeoutError:
-        process.kill()
-        await process.wait()
-
-
-async def _wait_until_healthy(services: list[Service], timeout_s: float) -> None:
-    """Return when all services answer their health check with 200."""
-    deadline_s = time.monotonic() + timeout_s
-    async with httpx.AsyncClient(timeout=5.0) as client:
-        for service in services:
-            reason = "it does not answer"
-            while True:
-                if service.process.returncode is not None:
-                    raise StartFailed(
-                        f"{service.name} ended with status {service.process.returncode}; "
-                        "its log above says why"
-                    )
-                if time.monotonic() > deadline_s:
-                    raise StartFailed(
-                        f"{service.name} is not healthy after {timeout_s:.0f} s: {reason}"
-                    )
-                with contextlib.suppress(httpx.TransportError):
-                    answer = await client.get(f"{service.url}/health")
-                    if answer.status_code == httpx.codes.OK:
-                        break
-                    reason = answer.text
-                    if _is_final(answer):
-                        raise StartFailed(f"{service.name} cannot start: {_message(answer)}")
-                await asyncio.sleep(HEALTH_POLL_S)
+        await _cancel(waiting)
 
 
 async def _wait_for_end(
-    nodes: list[Service], router: Service, stopping: asyncio.Future[None]
+    supervising: Sequence[asyncio.Task[None]], router: Service, stopping: asyncio.Future[None]
 ) -> str | None:
-    """Return None when told to stop, or the name of what ended that cannot be done without."""
-    services = {asyncio.create_task(_wait_for(s)): s for s in [*nodes, router]}
-    alive = {service.name for service in nodes}
+    """Return None when told to stop, or what has ended that cannot be done without."""
+    watching = asyncio.create_task(router.wait_for_end())
+    no_node_left = asyncio.create_task(_wait_for_all(supervising))
     try:
-        while True:
-            done, _ = await asyncio.wait({stopping, *services}, return_when=asyncio.FIRST_COMPLETED)
-            if stopping in done:
-                return None
-            for task in [task for task in services if task in done]:
-                service = services.pop(task)
-                alive.discard(service.name)
-                if service is router or not alive:
-                    return service.name
+        await _first_of(stopping, watching, no_node_left)
+        if stopping.done():
+            return None
+        if watching.done():
+            return f"router {watching.result()}, its log above says why"
+        no_node_left.result()
+        return "no node is left"
     finally:
-        for task in services:
-            task.cancel()
+        await _cancel([watching, no_node_left])
 
 
-async def _wait_for(service: Service) -> None:
-    """Return when the process has ended, or says that it will never be healthy again."""
-    async with httpx.AsyncClient(timeout=5.0) as client:
-        while service.process.returncode is None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(HEALTH_WATCH_S):
-                    await service.process.wait()
-            with contextlib.suppress(httpx.TransportError):
-                if _is_final(await client.get(f"{service.url}/health")):
-                    return
+async def _wait_for_all(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        await task
 
 
-def _is_final(answer: httpx.Response) -> bool:
-    """Return whether a health check says that waiting will not help."""
-    return answer.status_code != httpx.codes.OK and bool(answer.json().get("is_final"))
-
-
-def _message(answer: httpx.Response) -> str:
-    return str(answer.json()["message"])
+async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _check_ports_are_free(config: DeploymentConfig) -> None:
@@ -216,7 +149,7 @@ def _stop_signal() -> asyncio.Future[None]:
     return stopping
 
 
-async def _first_of(*futures: asyncio.Future[None]) -> None:
+async def _first_of(*futures: asyncio.Future[Any]) -> None:
     await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 

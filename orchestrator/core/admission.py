@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from orchestrator.core.errors import RequestRejected
 from orchestrator.core.ports import EngineCapabilities
-from orchestrator.core.request import RequestSpec
+from orchestrator.core.request import RequestSpec, ResumePoint
 
 
 def check_request(spec: RequestSpec, capabilities: EngineCapabilities) -> None:
@@ -37,4 +39,24 @@ def check_request(spec: RequestSpec, capabilities: EngineCapabilities) -> None:
             f"{num_blocks:,} KV blocks, the node has {capabilities.num_device_blocks:,}; lower "
             "max_tokens or give the node more KV memory",
             field="max_tokens",
+        )
+
+
+def check_resume_point(spec: RequestSpec, point: ResumePoint) -> None:
+    """Accept a point from which a request can go on.
+
+    Raises:
+        RequestRejected: nothing was delivered, everything was, or the time is impossible.
+    """
+    num_delivered, max_tokens = len(point.output_token_ids), spec.sampling.max_tokens
+    if not 0 < num_delivered < max_tokens:
+        raise RequestRejected(
+            f"resume_from has {num_delivered:,} output tokens, it must have at least 1 and fewer "
+            f"than max_tokens, {max_tokens:,}; without any, leave it out",
+            field="resume_from",
+        )
+    if not 0 <= point.ttft_s < math.inf:
+        raise RequestRejected(
+            f"resume_from.ttft_s is {point.ttft_s}, it must be at least 0 and finite",
+            field="resume_from",
         )

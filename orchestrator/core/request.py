@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Self
 
 from orchestrator.core.slo import DeadlineAnchor, Slo, token_deadline_s
 
@@ -93,6 +94,20 @@ class RequestSpec:
     """Only requests with the same one share the KV of equal beginnings."""
 
 
+@dataclass(frozen=True, slots=True)
+class ResumePoint:
+    """How far a sequence had come when its node was lost; another node goes on from there.
+
+    Seed, token counts and limits follow from prompt and output, so this is all of its state.
+    """
+
+    output_token_ids: tuple[int, ...]
+    """Tokens that were delivered; at least one, and fewer than `max_tokens`."""
+
+    ttft_s: float
+    """From the request's arrival to the first of them."""
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """Progress of one request on one node. Only the scheduler changes it.
@@ -120,6 +135,16 @@ class Request:
 
     def __post_init__(self) -> None:
         self.all_token_ids = [*self.spec.prompt_token_ids, *self.output_token_ids]
+
+    @classmethod
+    def resumed(cls, spec: RequestSpec, point: ResumePoint, *, arrival_s: float) -> Self:
+        """Return a request that goes on from `point`: decoding, with all KV to be computed."""
+        return cls(
+            spec,
+            arrival_s=arrival_s,
+            output_token_ids=list(point.output_token_ids),
+            first_token_s=arrival_s + point.ttft_s,
+        )
 
     @property
     def request_id(self) -> str:

@@ -33,21 +33,33 @@ class Deployment:
 
     def node_metric(self, name: str, *, node: int = 0) -> float:
         """Return one sample of a node's /metrics; `name` includes its labels."""
-        text = httpx.get(f"{self.node_urls[node]}/metrics").text
-        (line,) = [line for line in text.splitlines() if line.startswith(f"{name} ")]
-        return float(line.split()[-1])
+        return _metric(self.node_urls[node], name)
+
+    def router_metric(self, name: str) -> float:
+        """Return one sample of the router's /metrics; `name` includes its labels."""
+        return _metric(self.url, name)
 
     def engine_pid(self, node: int) -> int:
         """Return the process id of a node's executor."""
-        wanted = f'"endpoint_id":"node-{node}"'
-        (pid,) = [
-            pid for pid in self.children() if wanted in Path(f"/proc/{pid}/cmdline").read_text()
-        ]
-        return pid
+        return self._pid_with(f'"endpoint_id":"node-{node}"')
+
+    def node_pid(self, node: int) -> int:
+        """Return the process id of a node's HTTP service."""
+        return self._pid_with(f"/node-{node}.yaml")
 
     def children(self) -> list[int]:
         """Return the ids of all processes below the command, deepest first."""
         return _descendants(self.process.pid)
+
+    def is_healthy(self, node: int) -> bool:
+        """Return whether a node says that it can serve."""
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"{self.node_urls[node]}/health").status_code == httpx.codes.OK
+        return False
+
+    def _pid_with(self, argument: str) -> int:
+        (pid,) = [pid for pid in self.children() if argument in _command_line(pid)]
+        return pid
 
 
 def free_port() -> int:
@@ -66,6 +78,7 @@ def write_deployment(
     node: Mapping[str, Any] | None = None,
     engine: Mapping[str, Any] | None = None,
     router: Mapping[str, Any] | None = None,
+    restarts: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a deployment file with generous objectives; return its path."""
     content = {
@@ -80,6 +93,7 @@ def write_deployment(
             | dict(node or {})
             for index in range(num_nodes)
         ],
+        "restarts": dict(restarts or {}),
     }
     path = directory / "deployment.yaml"
     path.write_text(yaml.safe_dump(content))
@@ -145,8 +159,24 @@ def _is_healthy(deployment: Deployment) -> bool:
     return False
 
 
+def _metric(url: str, name: str) -> float:
+    text = httpx.get(f"{url}/metrics").text
+    (line,) = [line for line in text.splitlines() if line.startswith(f"{name} ")]
+    return float(line.split()[-1])
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except FileNotFoundError:  # it has just ended
+        return ""
+
+
 def _descendants(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except FileNotFoundError:
+        return []
     found: list[int] = []
     for child in map(int, children):
         found += [*_descendants(child), child]

@@ -127,6 +127,7 @@ async def test_an_engine_killed_among_copies_ends_every_stream_once(
         engine_dir,
         engine={"device_kv_bytes": 60 * BLOCK_BYTES, "host_kv_bytes": "256MiB"},
         node={"max_model_len": 800, "kv_cache": {"offload_threshold_blocks": 1}},
+        router={"max_attempts": 1},  # or the streams would go on when the node is back
     )
     with running(path) as deployment:
         async with httpx.AsyncClient(base_url=deployment.url, timeout=60) as client:

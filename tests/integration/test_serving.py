@@ -123,38 +123,17 @@ async def test_stopping_lets_no_stream_end_without_a_word(own_deployment_file: P
     assert "Traceback" not in deployment.log.read_text()
 
 
-def busy_nodes(deployment: Deployment) -> list[int]:
-    """Return the nodes that hold KV blocks of a request."""
-    nodes = range(len(deployment.node_urls))
-    return [node for node in nodes if deployment.node_metric(OWNED_BLOCKS, node=node) > 0]
+def test_a_service_without_nodes_does_not_linger(engine_dir: Path, tmp_path: Path) -> None:
+    """Its only node may not be started again."""
+    path = write_deployment(tmp_path, engine_dir, restarts={"max_restarts": 0})
+    with running(path) as deployment:
+        os.kill(deployment.engine_pid(0), signal.SIGKILL)
 
-
-async def test_a_killed_engine_costs_its_streams_and_nothing_else(
-    engine_dir: Path, tmp_path: Path
-) -> None:
-    """Two nodes; the engine of the one that a request went to is killed in mid-stream."""
-    with running(write_deployment(tmp_path, engine_dir, num_nodes=2)) as deployment:
-        async with openai.AsyncOpenAI(
-            base_url=f"{deployment.url}/v1", api_key="x", max_retries=0
-        ) as client:
-            stream = await client.completions.create(
-                model=MODEL, prompt="Once", max_tokens=2000, stream=True,
-                extra_body={"ignore_eos": True},
-            )  # fmt: skip
-            await anext(aiter(stream))
-            until(lambda: len(busy_nodes(deployment)) > 0, "a node reports the request")
-            (node,) = busy_nodes(deployment)
-            os.kill(deployment.engine_pid(node), signal.SIGKILL)
-
-            with pytest.raises(openai.APIError, match="engine process ended with status -9"):
-                async for _ in stream:
-                    pass
-            answer = await client.completions.create(model=MODEL, prompt="Once", max_tokens=2)
-
-        assert answer.usage is not None
-        assert answer.usage.completion_tokens == 2
-        os.kill(deployment.engine_pid(1 - node), signal.SIGKILL)
-        assert deployment.process.wait(60) == 1, "a service without nodes does not linger"
+        assert deployment.process.wait(60) == 1
+    log = deployment.log.read_text()
+    assert "node-0 cannot serve any more: the engine process ended with status -9" in log
+    assert "it stays down after 0 restarts within 300 s" in log
+    assert "no node is left; stopping" in log
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 
 from orchestrator.core.errors import EngineError, EngineLost, NodeUnavailable, RequestRejected
 from orchestrator.core.ports import RequestEvent
-from orchestrator.core.request import FinishReason
+from orchestrator.core.request import FinishReason, ResumePoint
 from orchestrator.executor import MAX_CONSECUTIVE_FAILURES, ExecutorLoop, StepFigures
 from tests.factories import make_capabilities, make_request, make_scheduler
 from tests.scripted_engine import LOSE, RAISE, REFUSE, ScriptedEngine
@@ -56,6 +56,27 @@ def test_tokens_come_in_order_and_end_once() -> None:
 
     assert [e.new_token_ids for e in recorder.of("a")] == [(5,), (6,), (7,)]
     assert [e.finish_reason for e in recorder.of("a")] == [None, None, FinishReason.LENGTH]
+
+
+def test_a_resumed_request_computes_what_was_delivered_and_goes_on_behind_it() -> None:
+    """Prompt of 3 and 2 of 4 tokens delivered: the first step computes all 5 and draws the third.
+
+    It is decoding, and its deadlines go on from the original arrival and first token.
+    """
+    recorder = Recorder()
+    spec = make_request("a", prompt_token_ids=(5, 1, 2), max_tokens=4).spec
+
+    recorder.loop.add(spec, 10.0, ResumePoint((5, 6), ttft_s=0.5))
+    load = recorder.loop.load()
+    recorder.run()
+
+    assert (load.num_decoding, load.num_queued_prompt_tokens) == (1, 0)
+    assert [e.new_token_ids for e in recorder.of("a")] == [(7,), (8,)]
+    assert recorder.of("a")[-1].finish_reason is FinishReason.LENGTH
+    (first, _) = recorder.engine.steps
+    (part,) = first.scheduled
+    assert part.token_ids == [5, 1, 2, 5, 6]
+    assert part.request.first_token_s == 10.5
 
 
 def test_an_engine_exception_ends_the_requests_of_its_step_alone() -> None:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 import msgspec
 import pytest
 
-from orchestrator.core.request import FinishReason
+from orchestrator.core.request import FinishReason, ResumePoint
 from orchestrator.wire import ErrorBody, NodeDescription
 from tests.running_node import Node, body, running_node, until
 from tests.scripted_engine import EXIT, RAISE
@@ -63,6 +63,10 @@ async def test_snapshots_count_upwards(node: Node) -> None:
         (msgspec.json.encode(body(max_tokens=1700)), "KV blocks, the node has 100"),
         (msgspec.json.encode(body(ttft_s=-1.0)), "ttft_s is -1.0"),
         (msgspec.json.encode(body()).replace(b'"seed":0', b'"sead":0'), "seed"),
+        (msgspec.json.encode(body(heartbeat_s=0.0)), "`float` > 0.0"),
+        (msgspec.json.encode(body(resume_from=ResumePoint((), 0.1))), "has 0 output tokens"),
+        (msgspec.json.encode(body(resume_from=ResumePoint((5, 6, 7), 0.1))), "fewer than max_tok"),
+        (msgspec.json.encode(body(resume_from=ResumePoint((5,), -0.1))), "ttft_s is -0.1"),
     ],
 )
 async def test_a_bad_request_is_answered_with_400_and_the_reason(
@@ -135,6 +139,21 @@ async def test_a_dead_engine_ends_every_stream_and_turns_the_node_unhealthy(node
     ).status_code == 503
 
 
+async def test_a_request_for_an_engine_whose_death_is_not_known_yet_ends_as_lost(
+    node: Node,
+) -> None:
+    """Nobody takes the command at the other end of the socket, and the node must not wait."""
+    pid = node.service.executor.pid
+    os.kill(pid, signal.SIGKILL)
+    # Blocks on purpose: the node shall not get to see it.
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # noqa: ASYNC222
+
+    (event,) = await node.generate(body("late"))
+
+    assert event.finish_reason is FinishReason.LOST
+    assert event.error == "the engine process ended with status -9"
+
+
 async def test_an_engine_that_cannot_load_says_why_on_every_route() -> None:
     script = "import sys; from orchestrator.executor_process import run_executor\n"
     script += "from orchestrator.core.errors import EngineDirectoryError\n"
@@ -168,6 +187,51 @@ async def test_a_stopped_engine_counts_as_unhealthy_until_it_goes_on(node: Node)
         return (await node.client.get("/health")).status_code == 200
 
     await until(is_healthy, "the engine is heard again")
+
+
+async def test_a_stopped_engine_loses_its_requests_once_and_forgets_them(node: Node) -> None:
+    """Nobody has to wait whether it goes on; when it does, the requests are not there any more."""
+    pid = node.service.executor.pid
+    lost = asyncio.create_task(node.generate(body("lost", max_tokens=1500)))
+    await until(lambda: node.runs(1), "it runs")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        events = await lost
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+    assert events[-1].finish_reason is FinishReason.LOST
+    assert "has said nothing for" in str(events[-1].error)
+    assert sum(e.finish_reason is not None for e in events) == 1
+    await until(lambda: node.runs(0), "the engine has given it up too")
+
+
+async def test_a_request_without_news_is_kept_alive_by_empty_lines(node: Node) -> None:
+    """A stopped engine says nothing; the node has not given it up yet and says so."""
+    request = body("quiet", max_tokens=1500, heartbeat_s=0.01)
+    os.kill(node.service.executor.pid, signal.SIGSTOP)
+    try:
+        async with node.client.stream(
+            "POST", "/v1/generate", content=msgspec.json.encode(request)
+        ) as answer:
+            lines = answer.aiter_lines()
+
+            assert [await anext(lines) for _ in range(3)] == ["", "", ""]
+    finally:
+        os.kill(node.service.executor.pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("num_delivered", [1, 2])
+async def test_a_resumed_request_goes_on_behind_what_was_delivered(
+    node: Node, num_delivered: int
+) -> None:
+    """Of tokens 5, 6 and 7 the first ones came from another node; `max_tokens` counts all."""
+    delivered = (5, 6, 7)[:num_delivered]
+
+    events = await node.generate(body(resume_from=ResumePoint(delivered, ttft_s=0.2)))
+
+    assert [e.new_token_ids for e in events] == [(t,) for t in (5, 6, 7)[num_delivered:]]
+    assert events[-1].finish_reason is FinishReason.LENGTH
 
 
 async def test_a_draining_node_finishes_what_runs_and_refuses_what_comes(node: Node) -> None:

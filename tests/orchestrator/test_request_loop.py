@@ -17,7 +17,7 @@ from orchestrator.core.ports import (
     RequestEvent,
     SchedulerLoad,
 )
-from orchestrator.core.request import FinishReason, RequestSpec
+from orchestrator.core.request import FinishReason, RequestSpec, ResumePoint
 from orchestrator.executor import MAX_CONSECUTIVE_FAILURES
 from orchestrator.request_loop import RequestLoop
 from tests.factories import make_capabilities, make_request
@@ -28,6 +28,7 @@ class WrittenEngine:
 
     def __init__(self) -> None:
         self.started: list[str] = []
+        self.specs: list[RequestSpec] = []
         self.cancelled: list[str] = []
         self.news: list[RequestEvent] = []
         self.iterations: list[EngineIteration] = []
@@ -41,6 +42,7 @@ class WrittenEngine:
         if self.refusal is not None:
             raise self.refusal
         self.started.append(spec.request_id)
+        self.specs.append(spec)
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
@@ -124,6 +126,18 @@ def test_an_aborted_request_ends_at_once_and_says_nothing_more() -> None:
 
     assert recorder.events == [RequestEvent("a", finish_reason=FinishReason.ABORT)]
     assert recorder.engine.cancelled == ["a"]
+
+
+def test_a_resumed_request_asks_for_what_is_left_behind_what_was_delivered() -> None:
+    recorder = Recorder()
+    request = make_request(prompt_token_ids=[1, 2], max_tokens=8)
+
+    point = ResumePoint(output_token_ids=(3, 4, 5), ttft_s=0.1)
+    recorder.loop.add(request.spec, arrival_s=0.0, resume_from=point)
+
+    (spec,) = recorder.engine.specs
+    assert spec.prompt_token_ids == (1, 2, 3, 4, 5)
+    assert spec.sampling.max_tokens == 5
 
 
 def test_a_request_that_can_never_run_is_not_handed_over() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -33,13 +35,21 @@ class Refuse:
 
 
 @dataclass(frozen=True)
+class Beat:
+    """Give one sign of life."""
+
+
+@dataclass(frozen=True)
 class Stall:
-    """Say nothing until the test calls `release` or the caller leaves."""
+    """Give signs of life alone until the test calls `release` or the caller leaves."""
+
+    is_silent: bool = False
+    """Not even those, so that the answer has not begun."""
 
 
 @dataclass(frozen=True)
 class Hang:
-    """Say nothing until the caller leaves."""
+    """Say nothing until the caller leaves, as a stopped process does."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +64,27 @@ class Raw:
     data: bytes
 
 
-Step = TokenEvent | Refuse | Stall | Hang | Drop | Raw
+Step = TokenEvent | Refuse | Beat | Stall | Hang | Drop | Raw
 Script = Callable[[GenerateRequest], Sequence[Step]]
 
 
 def saying(
     token_ids: Sequence[int], *, finish: FinishReason = FinishReason.STOP, tokens_per_event: int = 1
 ) -> Script:
-    """Return a script that produces these tokens, as many as the request allows."""
+    """Return a script that produces these tokens, as many as the request allows.
+
+    Of a resumed request it produces the rest, and refuses one with other tokens before.
+    """
 
     def script(request: GenerateRequest) -> list[Step]:
         allowed = list(token_ids)[: request.sampling.max_tokens]
         reason = finish if len(allowed) == len(token_ids) else FinishReason.LENGTH
+        delivered = list(request.resume_from.output_token_ids) if request.resume_from else []
+        if delivered != allowed[: len(delivered)]:
+            return [Refuse(400, f"resumed behind {delivered}, said is {allowed}")]
         pieces = [
             tuple(allowed[start : start + tokens_per_event])
-            for start in range(0, len(allowed), tokens_per_event)
+            for start in range(len(delivered), len(allowed), tokens_per_event)
         ]
         return [
             *(TokenEvent(new_token_ids=piece) for piece in pieces[:-1]),
@@ -83,6 +99,7 @@ class FakeNode:
 
     def __init__(self, endpoint_id: str = "node-0", *, model: str = "tiny") -> None:
         self.endpoint_id = endpoint_id
+        self.instance_id = uuid.uuid4().hex
         self.url = ""
         """Set by who serves it."""
 
@@ -102,6 +119,9 @@ class FakeNode:
         """Requests whose caller left before the end."""
 
         self.num_polls = 0
+        self.num_beats = 0
+        """Signs of life during stalls."""
+
         self.generate_connections: set[object] = set()
         """Remote addresses that sent requests."""
 
@@ -173,24 +193,36 @@ class FakeNode:
             if isinstance(step, Refuse):
                 await _answer(send, step.status, ErrorBody(step.message, step.field))
                 return
-            if isinstance(step, Stall):
-                await self._released.wait()
-                continue
             if isinstance(step, Hang):
                 await asyncio.Event().wait()
+                return
+            if isinstance(step, Stall) and (step.is_silent or self._released.is_set()):
+                await self._released.wait()
+                continue
             if not has_begun:
                 await send(_start(200, b"application/x-ndjson"))
                 has_begun = True
             if isinstance(step, Drop):
                 # uvicorn cuts the connection of an application that fails after its headers.
                 raise ConnectionAbortedError
-            data = step.data if isinstance(step, Raw) else msgspec.json.encode(step) + b"\n"
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+            if isinstance(step, Stall):
+                await self._stay_alive(request.heartbeat_s, send)
+                continue
+            await _send_some(send, _data(step))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _stay_alive(self, heartbeat_s: float, send: Send) -> None:
+        while not self._released.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(heartbeat_s):
+                    await self._released.wait()
+            await _send_some(send, _data(Beat()))
+            self._note(self._count_beat)
 
     def _description(self) -> NodeDescription:
         return NodeDescription(
             endpoint_id=self.endpoint_id,
+            instance_id=self.instance_id,
             model=self.model,
             capabilities=make_capabilities(
                 max_model_len=self.max_model_len, num_device_blocks=self.num_device_blocks
@@ -203,6 +235,7 @@ class FakeNode:
         self._note(self._count_poll)
         return NodeSnapshot(
             endpoint_id=self.endpoint_id,
+            instance_id=self.instance_id,
             seq_no=self.num_polls,
             load=SchedulerLoad(
                 num_waiting=0,
@@ -218,10 +251,27 @@ class FakeNode:
     def _count_poll(self) -> None:
         self.num_polls += 1
 
+    def _count_beat(self) -> None:
+        self.num_beats += 1
+
     def _note(self, change: Callable[[], None]) -> None:
         with self._changed:
             change()
             self._changed.notify_all()
+
+
+def _data(step: TokenEvent | Beat | Raw) -> bytes:
+    match step:
+        case Raw(data):
+            return data
+        case Beat():
+            return b"\n"
+        case TokenEvent():
+            return msgspec.json.encode(step) + b"\n"
+
+
+async def _send_some(send: Send, data: bytes) -> None:
+    await send({"type": "http.response.body", "body": data, "more_body": True})
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -8,14 +8,14 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from router.config import EndpointConfig
+from router.config import EndpointConfig, RouterSettings
 from router.endpoints import EndpointPool
 from router.node_client import NodeClient
 from tests.router.clocks import ManualClock
 from tests.router.fake_node import FakeNode
 from tests.router.servers import bound_socket
 
-MAX_AGE_S = 3.0
+MAX_AGE_S = 2000.0
 
 
 @asynccontextmanager
@@ -29,8 +29,9 @@ async def started_pool(
         client,
         clock,
         model="tiny",
-        poll_interval_s=poll_interval_s,
-        max_snapshot_age_s=MAX_AGE_S,
+        settings=RouterSettings(
+            snapshot_poll_interval_s=poll_interval_s, max_snapshot_age_s=MAX_AGE_S
+        ),
     )
     await pool.start()
     try:
@@ -53,7 +54,7 @@ async def test_a_node_is_usable_until_its_snapshot_is_too_old(node: FakeNode) ->
         clock.time_s += 0.001
 
         assert usable_ids(pool, clock) == []
-        assert "not heard of for 3.0 s" in str(pool.obstacles(clock.now_s())["node-0"])
+        assert "not heard of for 2000.0 s" in str(pool.obstacles(clock.now_s())["node-0"])
 
 
 async def test_a_draining_node_is_not_used(node: FakeNode) -> None:
@@ -113,14 +114,97 @@ async def test_a_failed_node_comes_back_with_its_next_snapshot(node: FakeNode) -
     async with started_pool({"node-0": node.url}, clock, poll_interval_s=0.01) as pool:
         pool.mark_failed("node-0", "as the test says")
         assert usable_ids(pool, clock) == []
-        num_polls = node.num_polls
 
         # The poll before the last one that the node saw has certainly been taken in.
-        await asyncio.to_thread(
-            node.wait_until, lambda n: n.num_polls >= num_polls + 2, "two more polls"
-        )
+        await polls(node, 2)
 
         assert usable_ids(pool, clock) == ["node-0"]
+
+
+def lose_requests(pool: EndpointPool, count: int) -> None:
+    """So many sequences are on node-0 when it fails."""
+    dispatches = [pool.begin_dispatch("node-0", num_prompt_tokens=1) for _ in range(count)]
+    for dispatch in dispatches:
+        pool.lose_node("node-0", dispatch, "as the test says")
+        pool.end_dispatch("node-0", dispatch)
+
+
+async def polls(node: FakeNode, count: int) -> None:
+    """Wait until a node was polled so many times more."""
+    num_polls = node.num_polls + count
+    await asyncio.to_thread(node.wait_until, lambda n: n.num_polls >= num_polls, "more polls")
+
+
+async def test_a_node_that_fails_again_and_again_is_left_out_for_a_while(node: FakeNode) -> None:
+    """Three failures cost a second; then there is room for one request, then for all."""
+    clock = ManualClock()
+    async with started_pool({"node-0": node.url}, clock, poll_interval_s=0.01) as pool:
+        lose_requests(pool, 3)
+        await polls(node, 2)
+        assert "failed 3 times in a row" in str(pool.obstacles(clock.now_s())["node-0"])
+
+        clock.time_s += 1.0
+        assert usable_ids(pool, clock) == ["node-0"]
+        probe = pool.begin_dispatch("node-0", num_prompt_tokens=1)
+        assert usable_ids(pool, clock) == []
+        pool.note_token("node-0", probe)
+
+        assert usable_ids(pool, clock) == ["node-0"]
+
+
+async def test_failures_of_a_process_are_not_held_against_the_next_one(node: FakeNode) -> None:
+    clock = ManualClock()
+    async with started_pool({"node-0": node.url}, clock, poll_interval_s=0.01) as pool:
+        late = pool.begin_dispatch("node-0", num_prompt_tokens=1)
+        lose_requests(pool, 3)
+        node.instance_id = "another process"
+        await polls(node, 4)
+        for _ in range(3):
+            pool.lose_node("node-0", late, "lost with the process before")
+
+        assert usable_ids(pool, clock) == ["node-0"]
+
+
+async def test_a_node_that_comes_back_begins_slowly_while_there_are_others(
+    node: FakeNode,
+) -> None:
+    """It takes 64 sequences a step: 6 at first, 32 after half of 10 s, then as many as come."""
+    other = FakeNode("node-1")
+    clock = ManualClock()
+    with other.serve() as server:
+        nodes = {"node-0": node.url, "node-1": server.url}
+        async with started_pool(nodes, clock, poll_interval_s=0.01) as pool:
+            assert len(usable_ids(pool, clock)) == 2
+            node.instance_id = "another process"
+            await polls(node, 4)
+            counts: list[float] = []
+            for _ in range(3):
+                while "node-0" in usable_ids(pool, clock) and len(counts) < 100:
+                    pool.begin_dispatch("node-0", num_prompt_tokens=1)
+                    counts.append(clock.time_s)
+                clock.time_s += 5.0
+
+            assert [counts.count(s) for s in (100.0, 105.0)] == [6, 26]
+            assert counts.count(110.0) == 100 - 32, "no bound any more"
+
+
+async def test_a_lone_node_that_comes_back_takes_everything(node: FakeNode) -> None:
+    clock = ManualClock()
+    async with started_pool({"node-0": node.url}, clock, poll_interval_s=0.01) as pool:
+        node.instance_id = "another process"
+        await polls(node, 4)
+        for _ in range(10):
+            pool.begin_dispatch("node-0", num_prompt_tokens=1)
+
+        assert usable_ids(pool, clock) == ["node-0"]
+
+
+async def test_limits_are_known_while_all_nodes_are_away(node: FakeNode) -> None:
+    clock = ManualClock()
+    async with started_pool({"node-0": node.url}, clock) as pool:
+        pool.mark_failed("node-0", "as the test says")
+
+        assert pool.max_sequence_tokens() == 256
 
 
 async def test_the_longest_sequence_is_bounded_by_context_and_by_kv(node: FakeNode) -> None:

@@ -17,6 +17,7 @@ from tests.factories import make_capabilities, make_profile
 def description(endpoint_id: str, *, prefill_token_s: float = 0.001) -> NodeDescription:
     return NodeDescription(
         endpoint_id=endpoint_id,
+        instance_id="0",
         model="tiny",
         capabilities=make_capabilities(max_num_batched_tokens=512),
         latency_profile=make_profile(prefill_token_s=prefill_token_s),

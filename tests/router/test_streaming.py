@@ -215,6 +215,7 @@ def test_a_client_that_leaves_in_mid_stream_aborts_on_the_node(
 
     with router.http.stream("POST", "/v1/completions", json={**COMPLETION, "n": n}) as response:
         next(sse.arriving(response))
+        node.wait_until(lambda found: len(found.requests) == n, "all sequences are there")
 
     node.wait_until(lambda found: len(found.aborted_ids) == n, "all sequences are aborted")
     router.wait_for_metric('proserve_router_client_disconnects_total{priority_class="normal"}', 1)

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.core.admission import check_request
+from orchestrator.core.admission import check_request, check_resume_point
 from orchestrator.core.errors import RequestRejected
+from orchestrator.core.request import ResumePoint
 from tests.factories import make_capabilities, make_request
 
 
@@ -38,3 +39,26 @@ def test_the_last_token_needs_no_kv(max_tokens: int) -> None:
     else:
         with pytest.raises(RequestRejected, match="3 KV blocks, the node has 2"):
             check_request(spec, capabilities)
+
+
+@pytest.mark.parametrize(
+    ("point", "words"),
+    [
+        (ResumePoint((), 0.1), "has 0 output tokens, it must have at least 1"),
+        (ResumePoint((7,) * 8, 0.1), "has 8 output tokens.*fewer than max_tokens, 8"),
+        (ResumePoint((7,), -0.1), "ttft_s is -0.1"),
+        (ResumePoint((7,), float("nan")), "ttft_s is nan"),
+    ],
+)
+def test_a_point_that_nothing_can_follow_is_refused(point: ResumePoint, words: str) -> None:
+    with pytest.raises(RequestRejected, match=words) as caught:
+        check_resume_point(make_request(max_tokens=8).spec, point)
+
+    assert caught.value.field == "resume_from"
+
+
+def test_a_request_may_go_on_from_its_first_to_its_last_token_but_one() -> None:
+    for num_delivered in range(1, 8):
+        check_resume_point(
+            make_request(max_tokens=8).spec, ResumePoint((7,) * num_delivered, ttft_s=0.0)
+        )

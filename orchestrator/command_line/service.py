@@ -1,0 +1,131 @@
+"""One process of a deployment, started, watched and stopped from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import Sequence
+
+import httpx
+
+from orchestrator.command_line.processes import CUT_GRACE_S, DRAIN_GRACE_S
+from orchestrator.core.errors import ProServeError
+
+HEALTH_POLL_S = 0.1
+"""Pause between health checks while a service starts."""
+
+HEALTH_WATCH_S = 2.0
+"""Pause between health checks of a running service."""
+
+HEALTH_TIMEOUT_S = 5.0
+
+STOP_GRACE_S = DRAIN_GRACE_S + CUT_GRACE_S + 12
+"""Time a service has to end after SIGTERM before it is killed; longer than it lets streams run."""
+
+
+class StartFailed(ProServeError):
+    """A service ended, or became unhealthy for good, before it was ready."""
+
+
+class Service:
+    """A command that serves HTTP and answers GET /health; runs at most once at a time."""
+
+    def __init__(self, name: str, url: str, command: Sequence[str]) -> None:
+        self.name = name
+        self.url = url
+        self._command = tuple(command)
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        """Start the process; the one before has been stopped."""
+        # In a session of its own Ctrl-C does not reach it: services are stopped in order.
+        self._process = await asyncio.create_subprocess_exec(*self._command, start_new_session=True)
+
+    async def stop(self) -> None:
+        """End the process, with time for what it has to finish, if it runs."""
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        process.terminate()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_GRACE_S):
+                await process.wait()
+        await self.kill()
+
+    async def kill(self) -> None:
+        """End the process at once, if it runs."""
+        process = self._process
+        if process is not None and process.returncode is None:
+            process.kill()
+            await process.wait()
+
+    async def wait_until_healthy(self, timeout_s: float) -> None:
+        """Return when the health check is answered with 200.
+
+        Raises:
+            StartFailed: it ended, will never be healthy, or is not within `timeout_s`.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        reason = "it does not answer"
+        async with httpx.AsyncClient(timeout=HEALTH_TIMEOUT_S) as client:
+            while True:
+                if (status := self._running().returncode) is not None:
+                    raise StartFailed(
+                        f"{self.name} ended with status {status}; its log above says why"
+                    )
+                if time.monotonic() > deadline_s:
+                    raise StartFailed(
+                        f"{self.name} is not healthy after {timeout_s:.0f} s: {reason}"
+                    )
+                answer = await self._check(client)
+                if answer is not None:
+                    if answer.status_code == httpx.codes.OK:
+                        return
+                    if _is_final(answer):
+                        raise StartFailed(f"{self.name} cannot start: {_message(answer)}")
+                    reason = answer.text
+                await asyncio.sleep(HEALTH_POLL_S)
+
+    async def wait_for_end(self, *, max_unhealthy_s: float = math.inf) -> str:
+        """Return, once the service will not serve any more, what has become of it.
+
+        Its process has ended, or says that it will never be healthy again, or has not been
+        healthy for `max_unhealthy_s`.
+        """
+        process = self._running()
+        healthy_at_s = time.monotonic()
+        async with httpx.AsyncClient(timeout=HEALTH_TIMEOUT_S) as client:
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(HEALTH_WATCH_S):
+                        await process.wait()
+                if process.returncode is not None:
+                    return f"ended with status {process.returncode}"
+                answer = await self._check(client)
+                if answer is not None and answer.status_code == httpx.codes.OK:
+                    healthy_at_s = time.monotonic()
+                elif answer is not None and _is_final(answer):
+                    return f"cannot serve any more: {_message(answer)}"
+                elif time.monotonic() - healthy_at_s > max_unhealthy_s:
+                    reason = "it does not answer" if answer is None else answer.text
+                    return f"has not been healthy for {max_unhealthy_s:g} s: {reason}"
+
+    async def _check(self, client: httpx.AsyncClient) -> httpx.Response | None:
+        with contextlib.suppress(httpx.TransportError):
+            return await client.get(f"{self.url}/health")
+        return None
+
+    def _running(self) -> asyncio.subprocess.Process:
+        assert self._process is not None, "it was started"
+        return self._process
+
+
+def _is_final(answer: httpx.Response) -> bool:
+    """Return whether a health check says that waiting will not help."""
+    return answer.status_code != httpx.codes.OK and bool(answer.json().get("is_final"))
+
+
+def _message(answer: httpx.Response) -> str:
+    return str(answer.json()["message"])
