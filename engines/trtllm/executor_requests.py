@@ -27,12 +27,12 @@ def priority_of(weight: float) -> float:
     return weight / (1 + weight)
 
 
-def cache_salt_of(client_id: str) -> int:
+def cache_salt_of(salt: str) -> int:
     """Return the number that keeps a client's KV blocks apart from those of all others.
 
     Two clients share one by chance with probability 2^-64.
     """
-    return int.from_bytes(blake2b(client_id.encode(), digest_size=8).digest())
+    return int.from_bytes(blake2b(salt.encode(), digest_size=8).digest())
 
 
 def make_request(bindings: Any, spec: RequestSpec, *, has_block_reuse: bool) -> Any:
@@ -52,7 +52,7 @@ def make_request(bindings: Any, spec: RequestSpec, *, has_block_reuse: bool) -> 
         # Not as `end_id`, of which there is but one, and which is left out of the output.
         stop_words=[[token_id] for token_id in sampling.stop_token_ids] or None,
         priority=priority_of(spec.weight),
-        cache_salt_id=cache_salt_of(spec.client_id) if has_block_reuse else None,
+        cache_salt_id=cache_salt_of(spec.cache_salt) if has_block_reuse else None,
     )
 
 

@@ -25,10 +25,10 @@ def stubs() -> Iterator[Stubs]:
         yield value
 
 
-def spec(*, weight: float = 1.0, client_id: str = "", **sampling: Any) -> RequestSpec:
+def spec(*, weight: float = 1.0, cache_salt: str = "", **sampling: Any) -> RequestSpec:
     params = SamplingParams(**({"max_tokens": 8, "seed": 7} | sampling))
     request = make_core_request(
-        prompt_token_ids=(5, 6), weight=weight, client_id=client_id, sampling=params
+        prompt_token_ids=(5, 6), weight=weight, cache_salt=cache_salt, sampling=params
     )
     return request.spec
 
@@ -133,18 +133,18 @@ def test_priorities_order_as_weights_do_and_stay_in_range(first: float, second: 
 
 
 def test_a_request_has_its_priority_and_its_clients_salt(stubs: Stubs) -> None:
-    request = asked(stubs, spec(weight=3.0, client_id="ada"))
+    request = asked(stubs, spec(weight=3.0, cache_salt="ada"))
 
     assert request["priority"] == 0.75
     assert request["cache_salt_id"] == cache_salt_of("ada")
 
 
 def test_without_block_reuse_there_is_no_salt(stubs: Stubs) -> None:
-    assert asked(stubs, spec(client_id="ada"), has_block_reuse=False)["cache_salt_id"] is None
+    assert asked(stubs, spec(cache_salt="ada"), has_block_reuse=False)["cache_salt_id"] is None
 
 
 def test_clients_have_salts_of_their_own_that_fit_64_bits() -> None:
-    salts = [cache_salt_of(client_id) for client_id in ("", "ada", "bob", "é" * 100)]
+    salts = [cache_salt_of(cache_salt) for cache_salt in ("", "ada", "bob", "é" * 100)]
 
     assert len(set(salts)) == 4
     assert all(0 <= salt < 2**64 for salt in salts)

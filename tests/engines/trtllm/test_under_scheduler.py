@@ -76,7 +76,7 @@ class CrowdedNode:
         prompt = [(7 * index + 3 * place) % 97 for place in range(num_prompt_tokens)]
         self.prompts[name], self.outputs[name] = prompt, []
         request = make_request(
-            name, prompt_token_ids=prompt, max_tokens=max_tokens, weight=weight, client_id=name,
+            name, prompt_token_ids=prompt, max_tokens=max_tokens, weight=weight, cache_salt=name,
             ttft_s=0.05, tpot_s=0.01,
         )  # fmt: skip
         self.loop.add(request.spec, self.clock.now)
