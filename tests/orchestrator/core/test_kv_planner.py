@@ -29,7 +29,7 @@ def resumption(options: KVCacheOptions) -> SchedulerOutput:
     _, now_s = run_step(scheduler, 0.0)
     high = make_request(
         "high", num_prompt_tokens=150, max_tokens=1, weight=4.0, ttft_s=1.0, arrival_s=now_s,
-        client_id="another",
+        cache_salt="another",
     )  # fmt: skip
     scheduler.add_request(high)
     while not high.num_output_tokens:
