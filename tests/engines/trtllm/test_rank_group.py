@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,9 +42,9 @@ class Group:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._threads: list[threading.Thread] = []
-        self.statuses: list[int] = []
-        """How the other ranks ended."""
+        self._engine: TrtLlmEngine | None = None
+        self._thread = threading.Thread()
+        self._status: int | None = None
 
     def start(
         self,
@@ -57,27 +58,32 @@ class Group:
         options = replace(OPTIONS, num_device_blocks=num_device_blocks)
 
         def follow() -> None:
-            status = run_follower(
+            self._status = run_follower(
                 places[1],
                 lambda: load_rank(engine_dir, options, places[1]),
                 copy_blocks=copy_blocks,
             )
-            self.statuses.append(status)
 
-        self._threads.append(threading.Thread(target=follow))
-        self._threads[-1].start()
-        return TrtLlmEngine(engine_dir, OPTIONS, places[0])
+        self._thread = threading.Thread(target=follow, daemon=True)
+        self._thread.start()
+        self._engine = TrtLlmEngine(engine_dir, OPTIONS, places[0])
+        return self._engine
 
-    def wait(self) -> list[int]:
-        """Return `statuses` once the other ranks have ended."""
-        for thread in self._threads:
-            thread.join()
-        return self.statuses
+    def end(self) -> int | None:
+        """Close rank 0, unless that was done, and return how rank 1 ended."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+        if self._thread.ident is not None:
+            self._thread.join()
+        return self._status
 
 
 @pytest.fixture
-def group(tmp_path: Path) -> Group:
-    return Group(tmp_path)
+def group(tmp_path: Path) -> Iterator[Group]:
+    group = Group(tmp_path)
+    yield group
+    group.end()
 
 
 def expected_tokens(driver: StepDriver) -> dict[str, list[int]]:
@@ -111,8 +117,7 @@ def test_tokens_are_those_of_one_rank_whatever_is_moved(
     assert output.completed_transfers == (onboard.transfer_id,)
     assert offloaded_bytes == output.copies.onboarded_bytes == 2 * 4 * BLOCK_BYTES
     assert driver.run(chunk_tokens=6) == expected_tokens(driver)
-    engine.close()
-    assert group.wait() == [0]
+    assert group.end() == 0
 
 
 def test_an_offload_has_ended_when_every_rank_has_ended_it(tmp_path: Path, group: Group) -> None:
@@ -132,7 +137,6 @@ def test_an_offload_has_ended_when_every_rank_has_ended_it(tmp_path: Path, group
     assert [output.completed_transfers for output in seen[:4]] == [()] * 4
     assert seen[-1].completed_transfers == (transfer.transfer_id,)
     assert len(seen) > 4
-    engine.close()
 
 
 @pytest.mark.parametrize("direction", list(TransferDirection))
@@ -155,7 +159,6 @@ def test_a_copy_that_fails_on_one_rank_has_failed(
         assert output.new_token_ids.keys() == {"5"}
         assert output.failed == {}
     assert output.failed_transfers == {broken_id: "the link is down"}
-    engine.close()
 
 
 def test_all_ranks_have_as_many_blocks_as_the_smallest_has_room_for(
@@ -164,8 +167,7 @@ def test_all_ranks_have_as_many_blocks_as_the_smallest_has_room_for(
     engine = group.start(write_engine(tmp_path, SPEC), num_device_blocks=77)
 
     assert engine.capabilities.num_device_blocks == 77
-    engine.close()
-    assert group.wait() == [0]
+    assert group.end() == 0
 
 
 def test_a_rank_that_cannot_load_its_engine_says_why(tmp_path: Path, group: Group) -> None:
@@ -176,7 +178,7 @@ def test_a_rank_that_cannot_load_its_engine_says_why(tmp_path: Path, group: Grou
     with pytest.raises(EngineLost, match=r"rank 1 .* failed: .*rank1\.engine: TensorRT cannot"):
         group.start(engine_dir)
 
-    assert group.wait() == [1]
+    assert group.end() == 1
 
 
 def test_a_rank_that_fails_in_a_step_takes_the_engine_with_it(tmp_path: Path, group: Group) -> None:
@@ -192,8 +194,7 @@ def test_a_rank_that_fails_in_a_step_takes_the_engine_with_it(tmp_path: Path, gr
     with pytest.raises(EngineLost, match=r"rank 1 of the engine failed: input_ids cannot have"):
         driver.step({"9": 9})
 
-    engine.close()
-    assert group.wait() == [1]
+    assert group.end() == 1
 
 
 def test_a_step_that_rank_0_cannot_start_is_the_end_of_all(tmp_path: Path, group: Group) -> None:
@@ -207,8 +208,7 @@ def test_a_step_that_rank_0_cannot_start_is_the_end_of_all(tmp_path: Path, group
     with pytest.raises(EngineLost, match=r"input_ids cannot have .* the other ranks wait for"):
         driver.step({"9": 9})
 
-    engine.close()
-    assert group.wait() == [0]
+    assert group.end() == 0
 
 
 def test_a_plan_that_is_refused_reaches_no_other_rank(tmp_path: Path, group: Group) -> None:
@@ -222,8 +222,7 @@ def test_a_plan_that_is_refused_reaches_no_other_rank(tmp_path: Path, group: Gro
     driver = StepDriver(engine, *random_requests(5, max_tokens=NUM_TOKENS))
     assert driver.step({"5": 5}).failed_transfers.keys() == {7}
     assert driver.run(chunk_tokens=9) == expected_tokens(driver)
-    engine.close()
-    assert group.wait() == [0]
+    assert group.end() == 0
 
 
 def test_a_rank_without_rank_0_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
