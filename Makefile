@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine serve test check fix bench peer-vllm trtllm-acceptance clean
+.PHONY: help setup engine serve test check fix mutations bench peer-vllm trtllm-acceptance clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ check: setup ## Lint, check formatting and types
 fix: setup ## Repair what ruff can repair, and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+mutations: setup ## Show that the tests notice small mistakes in what drives TensorRT-LLM (10 min)
+	@$(BIN)/python -m tests.trtllm.mutations
 
 bench: setup engine ## Run every benchmark in its quick form
 	@for script in $(filter-out benchmarks/vllm_scheduler_peer.py,$(wildcard benchmarks/*.py)); do \

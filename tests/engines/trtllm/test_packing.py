@@ -217,6 +217,19 @@ def test_a_sequence_may_fill_its_whole_table() -> None:
     ]
 
 
+def test_nothing_is_lost_when_arrays_are_narrowed_to_be_sent() -> None:
+    """The longest sequence has three blocks, the last of them block 0, whose K has offset 0."""
+    arrays = pack(
+        part("r", prompt=12, new=12, blocks=(5, 3, 0)), part("s", prompt=3, new=3, blocks=(7,))
+    ).arrays
+
+    narrow = arrays.narrowed()
+
+    assert narrow.arrays.kv_cache_block_offsets.shape == (1, 2, 2, 3)
+    for name, array in narrow.widened().by_name().items():
+        np.testing.assert_array_equal(array, arrays.by_name()[name])
+
+
 def test_all_arrays_are_32_bit_and_contiguous() -> None:
     """The engine is given addresses, not arrays."""
     arrays = pack(part("p", prompt=3, new=3), part("d", prompt=2, outputs=1, computed=2, new=1))
