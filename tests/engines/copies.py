@@ -54,6 +54,28 @@ class HeldCopies:
         copy_blocks(transfer, targets, sources)
 
 
+class CountedCopies:
+    """Lets a test wait for offloads, which otherwise end whenever the machine has time for them."""
+
+    def __init__(self) -> None:
+        self._num_offloaded = 0
+        self._has_more = threading.Condition()
+
+    def wait_for_offloads(self, count: int) -> None:
+        """Return when so many have ended, counted from the beginning."""
+        with self._has_more:
+            self._has_more.wait_for(lambda: self._num_offloaded >= count)
+
+    def __call__(
+        self, transfer: KVTransfer, targets: list[torch.Tensor], sources: list[torch.Tensor]
+    ) -> None:
+        copy_blocks(transfer, targets, sources)
+        if transfer.direction is TransferDirection.OFFLOAD:
+            with self._has_more:
+                self._num_offloaded += 1
+                self._has_more.notify_all()
+
+
 def slow_copies(
     transfer: KVTransfer, targets: list[torch.Tensor], sources: list[torch.Tensor]
 ) -> None:

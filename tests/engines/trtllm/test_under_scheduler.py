@@ -16,8 +16,10 @@ import pytest
 from engines.trtllm.engine import TrtLlmEngine
 from orchestrator.core.kv_options import KVCacheOptions
 from orchestrator.core.latency import BatchLatencyModel
+from orchestrator.core.latency_correction import CorrectionOptions
 from orchestrator.core.slide_batching import SlideBatchingOptions, SlideBatchingScheduler
 from orchestrator.executor import ExecutorLoop, StepFigures
+from tests.engines.copies import CountedCopies
 from tests.engines.scheduled_node import MAX_TOKENS, VirtualClock, check_live
 from tests.engines.trtllm.fake_engines import make_options, write_engine
 from tests.factories import make_copy_profile, make_profile, make_request
@@ -46,20 +48,27 @@ def test_no_token_changes(tmp_path: Path, failure_rate: float) -> None:
 
 
 class CrowdedNode:
-    """A pool of 10 blocks, which is what one of the requests needs: 15 + 24 tokens."""
+    """A pool of 10 blocks, which is what one of the requests needs: 15 + 24 tokens.
+
+    What happens does not depend on the machine's speed: offloads end with their step, and neither
+    the durations of steps nor those of copies are learned from.
+    """
 
     def __init__(self, directory: Path) -> None:
+        self.copies = CountedCopies()
         self.engine = TrtLlmEngine(
             write_engine(directory, SPEC),
             make_options(num_device_blocks=10, num_host_blocks=100, max_model_len=40),
+            copy_blocks=self.copies,
         )
         scheduler = SlideBatchingScheduler(
             self.engine.capabilities,
-            BatchLatencyModel(make_profile()),
+            BatchLatencyModel(make_profile(), CorrectionOptions(min_factor=1, max_factor=1)),
             SlideBatchingOptions(min_chunk_tokens=0),
         )
         scheduler.use_kv_options(
-            KVCacheOptions(offload_threshold_blocks=1), make_copy_profile(block_s=0.0005)
+            KVCacheOptions(offload_threshold_blocks=1, copy_budget=False),
+            make_copy_profile(block_s=0.0005),
         )
         self.outputs: dict[str, list[int]] = {}
         self.prompts: dict[str, list[int]] = {}
@@ -85,6 +94,7 @@ class CrowdedNode:
         for _ in range(num_steps):
             if self.loop.has_requests:
                 self.loop.run_step()
+                self.copies.wait_for_offloads(self.offloaded.total())
 
     def _note(self, events: Any) -> None:
         for event in events:
