@@ -2,11 +2,12 @@
 
     python -m benchmarks.kv_pressure
 
-Sends the same list of streaming requests, half of them high class at twice the weight, to
-`proserve serve` again and again: with all the device memory it wants, then with a quarter of what
-that run used at most. The quarter has a host pool, and moves blocks as it should, or each time
-without one part of that: no copies ahead of need, no copy budget, or no copies at all, so that
-preempted requests are computed again.
+Sends the same list of streaming requests to `proserve serve` again and again: three of four are
+short, high class and due in seconds, the others long texts that can wait, at half the weight.
+First with all the device memory it wants, then with a quarter of what that run used at most. The
+quarter has a host pool, and moves blocks as it should, or each time without one part of that: no
+copies ahead of need, no copy budget, or no copies at all, so that preempted requests are computed
+again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import asyncio
 import tempfile
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,18 @@ from benchmarks.live_mix import (
 )
 from benchmarks.shared.reporting import argument_parser, report
 from orchestrator.core.gain import GainTable
+from orchestrator.core.slo import PriorityClass, Slo
 
-PROMPT, OUTPUT = Lengths(4.5, 0.6, 8, 300), Lengths(4.0, 0.5, 8, 150)
-"""Outputs long enough for many requests to decode at once."""
+HIGH = PriorityClass("high", weight=2.0, slo=Slo(ttft_s=3.0, tpot_s=0.4))
+HIGH_SHARE = 0.75
+HIGH_PROMPT, HIGH_OUTPUT = Lengths(4.2, 0.5, 8, 200), Lengths(3.7, 0.4, 8, 100)
+"""Questions of some 75 tokens and answers of some 45."""
+
+LOW = PriorityClass("low", weight=1.0, slo=Slo(ttft_s=30.0, tpot_s=1.5))
+LOW_PROMPT, LOW_OUTPUT = Lengths(6.6, 0.4, 200, 1500), Lengths(4.2, 0.4, 16, 150)
+"""Texts of some 800 tokens, each as much KV as seven questions, and summaries of some 70."""
+
+MAX_SEQUENCE_TOKENS = LOW_PROMPT.most + LOW_OUTPUT.most
 
 NODE_URL = f"http://127.0.0.1:{NODE_PORT}"
 POLL_S = 0.2
@@ -46,6 +57,18 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "recompute": {"offload": "never", "prefix_caching": False},
 }
 """What a node's section `kv_cache` says, by what it takes away."""
+
+
+def make_mix(count: int) -> list[LiveRequest]:
+    """Return Poisson arrivals of both classes, one a second in all."""
+    num_high = round(count * HIGH_SHARE)
+    high = make_requests(num_high, seed=0, prompt=HIGH_PROMPT, output=HIGH_OUTPUT, classes=[HIGH])
+    low = make_requests(
+        count - num_high, seed=1, prompt=LOW_PROMPT, output=LOW_OUTPUT, classes=[LOW]
+    )
+    return [replace(request, at_s=request.at_s / HIGH_SHARE) for request in high] + [
+        replace(request, at_s=request.at_s / (1 - HIGH_SHARE)) for request in low
+    ]
 
 
 def node_metrics() -> dict[str, float]:
@@ -92,13 +115,15 @@ def run(
     """Serve with these settings, send the list, and return the figures."""
     with (
         tempfile.TemporaryDirectory() as directory,
-        serving("slide-batching", Path(directory), engine=engine, node=node) as url,
+        serving(
+            "slide-batching", Path(directory), classes=(HIGH, LOW), engine=engine, node=node
+        ) as url,
     ):
         with PeakUse() as peak:
             records = asyncio.run(send_all(url, requests, requests_per_s=requests_per_s))
         metrics = node_metrics()
     table = GainTable(records)
-    high = table.by_class()["high"]
+    high = table.by_class()[HIGH.name]
     assert high.ttft_s is not None, "some request of the high class has its first token"
     return {
         **scores(table),
@@ -118,11 +143,11 @@ def main() -> None:
     """Run the benchmark."""
     parser = argument_parser(__doc__)
     parser.add_argument("--num-requests", type=int, default=200)
-    parser.add_argument("--requests-per-s", type=float, default=1.0)
+    parser.add_argument("--requests-per-s", type=float, default=0.5)
     arguments = parser.parse_args()
     count = 6 if arguments.quick else arguments.num_requests
-    requests = make_requests(count, seed=0, prompt=PROMPT, output=OUTPUT)
-    rate = 6.0 if arguments.quick else arguments.requests_per_s
+    requests = make_mix(count)
+    rate = 4.0 if arguments.quick else arguments.requests_per_s
     results: dict[str, dict[str, Any]] = {}
 
     def note(name: str, **settings: Mapping[str, Any]) -> None:
@@ -131,10 +156,10 @@ def main() -> None:
 
     note("unlimited")
     # The longest request must fit.
-    least = -(-(PROMPT.most + OUTPUT.most) // 16)
+    least = -(-MAX_SEQUENCE_TOKENS // 16)
     num_blocks = max(results["unlimited"]["peak_device_blocks"] // 4, least)
     size = {"device_kv_bytes": num_blocks * KV_BLOCK_BYTES}
-    limits = {"max_model_len": PROMPT.most + OUTPUT.most}
+    limits = {"max_model_len": MAX_SEQUENCE_TOKENS}
     with_host = {**size, "host_kv_bytes": 1 << 30}
     note("quarter", engine=with_host, node=limits)
     for name, kv_cache in ABLATIONS.items():

@@ -100,23 +100,33 @@ PROMPT, OUTPUT = Lengths(4.8, 0.8, 8, 800), Lengths(3.0, 0.6, 4, 80)
 
 
 def make_requests(
-    count: int, seed: int, *, prompt: Lengths = PROMPT, output: Lengths = OUTPUT
+    count: int,
+    seed: int,
+    *,
+    prompt: Lengths = PROMPT,
+    output: Lengths = OUTPUT,
+    classes: Sequence[PriorityClass] = CLASSES,
 ) -> list[LiveRequest]:
-    """Return Poisson arrivals, one a second."""
+    """Return Poisson arrivals, one a second, each of any of the classes."""
     draw = random.Random(seed)
     requests, at_s = [], 0.0
     for _ in range(count):
         at_s += draw.expovariate(1.0)
         num_prompt_tokens, num_output_tokens = prompt.draw(draw), output.draw(draw)
         requests.append(
-            LiveRequest(at_s, num_prompt_tokens, num_output_tokens, draw.choice(CLASSES))
+            LiveRequest(at_s, num_prompt_tokens, num_output_tokens, draw.choice(classes))
         )
     return requests
 
 
 @contextlib.contextmanager
 def serving(
-    scheduler: str, directory: Path, *, engine: Mapping[str, Any] = {}, node: Mapping[str, Any] = {}
+    scheduler: str,
+    directory: Path,
+    *,
+    classes: Sequence[PriorityClass] = CLASSES,
+    engine: Mapping[str, Any] = {},
+    node: Mapping[str, Any] = {},
 ) -> Iterator[str]:
     """Serve the model under a scheduler; yield the address. `engine` and `node` are further
     settings of the node."""
@@ -130,9 +140,9 @@ def serving(
                     "ttft_ms": c.slo.ttft_s * 1000,
                     "tpot_ms": c.slo.tpot_s * 1000,
                 }
-                for c in CLASSES
+                for c in classes
             ],
-            "default_class": "low",
+            "default_class": classes[-1].name,
         },
         "nodes": [
             {
