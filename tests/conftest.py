@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
         help="run the tests of the engine contract on this TensorRT-LLM engine directory",
     )
+
+
+def pytest_configure() -> None:
+    """Let programs that tests start hear Ctrl-C: those started by one that ignores it would not,
+    as everything that a shell runs in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
