@@ -136,10 +136,14 @@ class StepRunner:
 
     def _foreign_tokens(self, parts: Sequence[ScheduledRequest]) -> dict[str, str]:
         """Return a message for each request with a token that the model does not know."""
+        known = range(self._vocab_size)
+        message = f"the request holds token ids outside of [0, {self._vocab_size})"
         return {
-            part.request_id: f"the request holds token ids outside of [0, {self._vocab_size})"
+            part.request_id: message
             for part in parts
-            if not 0 <= min(part.token_ids) <= max(part.token_ids) < self._vocab_size
+            if min(part.token_ids) not in known
+            or max(part.token_ids) not in known
+            or any(i not in known for i, _ in part.request.spec.sampling.logit_bias)
         }
 
     @torch.inference_mode()

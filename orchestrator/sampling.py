@@ -3,12 +3,13 @@
 Order of the steps, as in vLLM (docstring of `Sampler`, vllm/v1/sample/sampler.py):
 
     1  logprobs are taken from the model's logits, before anything below
-    2  repetition penalty, then frequency and presence penalties
-    3  temperature (0: the most likely token, and the rest is skipped)
-    4  min-p
-    5  top-k
-    6  top-p, of the mass that is left
-    7  draw
+    2  logit bias
+    3  repetition penalty, then frequency and presence penalties
+    4  temperature (0: the most likely token, and the rest is skipped)
+    5  min-p
+    6  top-k
+    7  top-p, of the mass that is left
+    8  draw
 
 A row's token depends on that row alone: not on the other rows of the batch, nor on their
 number. Floating-point sums do not promise that (their order follows the shape of the batch),
@@ -94,7 +95,7 @@ class Sampler:
             )
         if not requests:
             return []
-        scores = self._penalized(logits, requests)
+        scores = self._adjusted(logits, requests)
         best_ids, best_scores = _most_likely(scores)
         is_finite = torch.isfinite(best_scores).tolist()
         if not all(is_finite):
@@ -122,17 +123,29 @@ class Sampler:
         for request_id in request_ids:
             self._token_counts.pop(request_id, None)
 
-    def _penalized(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
-        """Return logits with penalties; `logits` itself if no request has any."""
-        rows = [row for row, r in enumerate(requests) if _has_penalty(r.spec.sampling)]
-        if not rows:
+    def _adjusted(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+        """Return logits with biases and penalties; `logits` itself if no request has any."""
+        biased = [row for row, r in enumerate(requests) if r.spec.sampling.logit_bias]
+        penalized = [row for row, r in enumerate(requests) if _has_penalty(r.spec.sampling)]
+        if not biased and not penalized:
             return logits
+        scores = logits.to(torch.float32, copy=True)
+        if biased:
+            _add_biases(scores, biased, requests)
+        if penalized:
+            self._penalize(scores, penalized, requests)
+        return scores
+
+    def _penalize(
+        self, scores: torch.Tensor, rows: Sequence[int], requests: Sequence[Request]
+    ) -> None:
+        """Apply the penalties of these rows to `scores`."""
         counts = [self._caught_up_counts(requests[row]) for row in rows]
         params = [requests[row].spec.sampling for row in rows]
         num_seen = [len(each.token_ids) for each in counts]
 
         def to_device(values: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(values).to(logits.device)
+            return torch.from_numpy(values).to(scores.device)
 
         row_ids = to_device(np.repeat(np.array(rows, dtype=np.int64), num_seen))
         token_ids = to_device(np.concatenate([each.token_ids for each in counts]))
@@ -149,11 +162,9 @@ class Sampler:
                 dtype=np.float32,
             )
         )
-        scores = logits.to(torch.float32, copy=True)
         seen = scores[row_ids, token_ids]
         seen = torch.where(seen > 0, seen / factor, seen * factor)
         scores[row_ids, token_ids] = seen - decrease
-        return scores
 
     def _caught_up_counts(self, request: Request) -> _TokenCounts:
         counts = self._token_counts.get(request.request_id)
@@ -228,6 +239,18 @@ def _has_penalty(sampling: SamplingParams) -> bool:
         or sampling.presence_penalty != 0.0
         or sampling.frequency_penalty != 0.0
     )
+
+
+def _add_biases(scores: torch.Tensor, rows: Sequence[int], requests: Sequence[Request]) -> None:
+    """Add the logit biases of these rows to `scores`."""
+    entries = [
+        (row, token_id, bias)
+        for row in rows
+        for token_id, bias in requests[row].spec.sampling.logit_bias
+    ]
+    row_ids, token_ids, biases = zip(*entries, strict=True)
+    index = torch.tensor([row_ids, token_ids], device=scores.device)
+    scores[index[0], index[1]] += torch.tensor(biases, dtype=torch.float32, device=scores.device)
 
 
 def _take_rows(values: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:

@@ -71,6 +71,9 @@ class SamplingParams:
     """End generation, reported as `stop`; the end-of-sequence ids are already among them,
     unless the client asked to ignore those."""
 
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit); each id once."""
+
     num_logprobs: int | None = None
     """Alternatives reported per token (0: the chosen token only); None reports nothing."""
 
