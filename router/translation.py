@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from starlette.datastructures import Headers
@@ -23,6 +25,7 @@ from router.schema import (
     ChatCompletionBody,
     CompletionBody,
     GenerationBody,
+    Message,
     StreamOptions,
 )
 from router.terms import agreed, max_wait_s
@@ -33,6 +36,8 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 # Tokenising is linear, some 100 ns a character; from here on it would hold up other streams.
 MAX_INLINE_CHARACTERS = 16_384
+
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 T = TypeVar("T")
 
@@ -143,9 +148,8 @@ class Translator:
         if body.top_logprobs is not None and not body.logprobs:
             raise Refused("top_logprobs needs logprobs to be true", field="top_logprobs")
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        roles = {"developer": "system"}
-        messages = [{"role": roles.get(m.role, m.role), "content": m.text} for m in body.messages]
-        token_ids = await _off_loop_if_long(
+        messages = rendered_messages(body.messages)
+        token_ids = await off_loop_if_long(
             sum(len(m["content"]) for m in messages),
             lambda: self._tokenizer.encode_chat(messages),
         )
@@ -170,7 +174,7 @@ class Translator:
                 "echo cannot be combined with logprobs: those of the prompt are not computed",
                 field="echo",
             )
-        prompts = await _off_loop_if_long(
+        prompts = await off_loop_if_long(
             sum(len(prompt) for prompt in body.prompts), lambda: self._prompts(body)
         )
         return self._plan(
@@ -209,6 +213,7 @@ class Translator:
                 field="n",
             )
         self._check_token_ids(body, prompts)
+        make_sampling = self._shared_sampling(body, num_logprobs)
         return GenerationPlan(
             model=body.model,
             priority_class=priority_class,
@@ -218,11 +223,9 @@ class Translator:
             sequences=tuple(
                 SequencePlan(
                     prompt,
-                    self._sampling(
-                        body,
-                        choice,
+                    make_sampling(
                         max_tokens=self._max_tokens(prompt, max_tokens, body),
-                        num_logprobs=num_logprobs,
+                        seed=choice_seed(body.seed, choice),
                     ),
                 )
                 for prompt in prompts
@@ -268,6 +271,21 @@ class Translator:
                     field=name,
                 )
 
+    def _logit_bias(self, body: GenerationBody) -> tuple[tuple[int, float], ...]:
+        limit = self._tokenizer.vocab_size
+        biases = {}
+        for key, bias in (body.logit_bias or {}).items():
+            # In one spelling only, so that no token has two biases.
+            if not _TOKEN_ID.fullmatch(key) or int(key) >= limit:
+                raise Refused(
+                    f"logit_bias has the key {cut(repr(key))}, keys must be token ids below "
+                    f"{limit:,}",
+                    field="logit_bias",
+                    code="invalid_value",
+                )
+            biases[int(key)] = bias
+        return tuple(biases.items())
+
     def _max_tokens(self, prompt: Prompt, asked: int | None, body: GenerationBody) -> int:
         num_prompt_tokens, limit = len(prompt.token_ids), self._pool.max_sequence_tokens()
         if num_prompt_tokens >= limit:
@@ -292,13 +310,13 @@ class Translator:
             )
         return asked
 
-    def _sampling(
-        self, body: GenerationBody, choice: int, *, max_tokens: int, num_logprobs: int | None
-    ) -> SamplingParams:
+    def _shared_sampling(
+        self, body: GenerationBody, num_logprobs: int | None
+    ) -> Callable[..., SamplingParams]:
+        """Return what makes the parameters of one answer of its `max_tokens` and `seed`."""
         end_token_ids = () if body.ignore_eos else tuple(self._tokenizer.eos_token_ids)
-        return SamplingParams(
-            max_tokens=max_tokens,
-            seed=choice_seed(body.seed, choice),
+        return partial(
+            SamplingParams,
             temperature=_given(body.temperature, 1.0),
             top_p=_given(body.top_p, 1.0),
             top_k=_given(body.top_k, 0),
@@ -307,6 +325,7 @@ class Translator:
             presence_penalty=_given(body.presence_penalty, 0.0),
             frequency_penalty=_given(body.frequency_penalty, 0.0),
             stop_token_ids=tuple(dict.fromkeys((*end_token_ids, *(body.stop_token_ids or ())))),
+            logit_bias=self._logit_bias(body),
             num_logprobs=num_logprobs,
         )
 
@@ -323,6 +342,12 @@ def choice_seed(seed: int | None, choice: int) -> int:
         return seed
     digest = hashlib.blake2b(b"%d/%d" % (seed, choice), digest_size=8).digest()
     return int.from_bytes(digest) & MAX_SEED
+
+
+def rendered_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Return the messages as chat templates know them."""
+    roles = {"developer": "system"}
+    return [{"role": roles.get(m.role, m.role), "content": m.text} for m in messages]
 
 
 def model_not_found(asked: str, *, served: str) -> Refused:
@@ -343,7 +368,8 @@ def _given(value: T | None, default: T) -> T:
     return default if value is None else value
 
 
-async def _off_loop_if_long(num_characters: int, tokenize: Callable[[], T]) -> T:
+async def off_loop_if_long(num_characters: int, tokenize: Callable[[], T]) -> T:
+    """Return what `tokenize` makes of so many characters; other streams go on meanwhile."""
     if num_characters <= MAX_INLINE_CHARACTERS:
         return tokenize()
     return await asyncio.to_thread(tokenize)

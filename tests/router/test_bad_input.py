@@ -98,13 +98,19 @@ COMMON_CASES = [
         "stream_options.continuous_usage_stats",
         "include_usage",
     ),
+    case("bias too large", {"logit_bias": {"5": 101}}, "logit_bias.5", "101", "at most 100"),
+    case("bias too small", {"logit_bias": {"5": -101}}, "logit_bias.5", "-101", "at least -100"),
+    case("bias as text", {"logit_bias": {"5": "1"}}, "logit_bias.5", "'1'", "a number"),
+    case("bias of no token", {"logit_bias": {"a": 1}}, "logit_bias", "'a'", "token ids"),
+    case("bias of a padded id", {"logit_bias": {"05": 1}}, "logit_bias", "'05'", "token ids"),
+    case("bias of a token outside", {"logit_bias": {"300": 1}}, "logit_bias", "300", "below"),
     case(
-        "logit bias",
-        {"logit_bias": {"5": 1}},
+        "too many biases",
+        {"logit_bias": {str(i): 1 for i in range(1025)}},
         "logit_bias",
-        "not supported",
-        code="unsupported_parameter",
+        "at most 1024",
     ),
+    case("biases of a wrong type", {"logit_bias": [1]}, "logit_bias", "an array of 1", "an object"),
     case(
         "misspelt parameter",
         {"temprature": 1},
@@ -493,9 +499,15 @@ def test_a_body_that_does_not_come_is_not_waited_for(start_router: RouterFactory
 
 
 def test_an_unknown_route_is_refused(quiet_router: RunningRouter) -> None:
-    response = quiet_router.http.post("/v1/embeddings", json={})
+    response = quiet_router.http.post("/v1/rerank", json={})
 
-    check_refusal(response, 404, None, "unknown_route", ("POST /v1/embeddings",))
+    check_refusal(response, 404, None, "unknown_route", ("POST /v1/rerank",))
+
+
+def test_embeddings_are_refused_with_the_reason(quiet_router: RunningRouter) -> None:
+    response = quiet_router.http.post("/v1/embeddings", json={"model": "tiny", "input": "Hi"})
+
+    check_refusal(response, 404, None, "unsupported_route", ("generates text only",))
 
 
 def test_a_wrong_method_is_refused(quiet_router: RunningRouter) -> None:

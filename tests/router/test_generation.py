@@ -402,3 +402,14 @@ def test_a_client_that_leaves_while_it_sends_is_counted(router: RunningRouter) -
 def test_refusals_have_a_request_id_too(quiet_router: RunningRouter) -> None:
     assert quiet_router.complete(n=0).headers["x-request-id"].startswith("req-")
     assert quiet_router.http.get("/nowhere").headers["x-request-id"].startswith("req-")
+
+
+def test_a_node_is_told_the_biases_of_tokens(router: RunningRouter, node: FakeNode) -> None:
+    router.chat(logit_bias={"17": 2.5, "0": -100}, n=2)
+    router.complete(logit_bias={})
+
+    assert [request.sampling.logit_bias for request in node.requests] == [
+        ((17, 2.5), (0, -100.0)),
+        ((17, 2.5), (0, -100.0)),
+        (),
+    ]
