@@ -221,6 +221,30 @@ PromptField = Annotated[
 ]
 
 
+class JsonSchemaFormat(Body):
+    """Which JSON an answer must be."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    """What clients call it; changes nothing."""
+
+    description: str | None = None
+    """Accepted and ignored: the model is not told."""
+
+    schema_object: Annotated[dict[str, Any], Field(alias="schema")]
+    """The JSON schema."""
+
+    strict: bool | None = None
+    """Changes nothing: every schema is kept to, or refused."""
+
+
+class ResponseFormat(Body):
+    """Which form an answer must have."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+    """Only with the type of this name, which needs it."""
+
+
 class GenerationBody(Body):
     """What both routes take."""
 
@@ -280,6 +304,12 @@ class GenerationBody(Body):
     """How long the request may be without a node, at its start or because one failed, even if no
     token of it can be in time any more."""
 
+    response_format: ResponseFormat | None = None
+    """Which form the answer must have; any text by default."""
+
+    guided_regex: Annotated[str, Field(min_length=1)] | None = None
+    """Regular expression that the whole answer must match."""
+
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASED_TOKENS)] | None = None
     """What is added to the logits of tokens, by token id."""
 
@@ -328,7 +358,6 @@ class ChatCompletionBody(GenerationBody):
     prompt_cache_options: Annotated[Any, RefusedUnless()] = None
     prompt_cache_retention: Annotated[Any, RefusedUnless()] = None
     reasoning_effort: Annotated[Any, RefusedUnless()] = None
-    response_format: Annotated[Any, RefusedUnless({"type": "text"})] = None
     service_tier: Annotated[Any, RefusedUnless("auto", "default")] = None
     store: Annotated[Any, RefusedUnless(False)] = None
     tool_choice: Annotated[Any, RefusedUnless("none")] = None

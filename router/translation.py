@@ -19,6 +19,7 @@ from router.client_directory import Client
 from router.config import RouterConfig
 from router.endpoints import EndpointPool
 from router.errors import Refused, cut
+from router.output_form import asked_grammar
 from router.policy import RoutingRequest
 from router.schema import (
     MAX_SEED,
@@ -126,6 +127,20 @@ class GenerationPlan:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _WantedOutput:
+    """What the two routes say differently about all answers to a request."""
+
+    max_tokens: int | None
+    """None: as many as the context has room for."""
+
+    num_logprobs: int | None
+    """As in `SamplingParams`."""
+
+    grammar: str | None
+    """As in `SamplingParams`."""
+
+
 class Translator:
     """Makes plans of request bodies."""
 
@@ -147,19 +162,17 @@ class Translator:
         )
         if body.top_logprobs is not None and not body.logprobs:
             raise Refused("top_logprobs needs logprobs to be true", field="top_logprobs")
-        num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        wanted = _WantedOutput(
+            max_tokens=max_tokens,
+            num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            grammar=await asked_grammar(body),
+        )
         messages = rendered_messages(body.messages)
         token_ids = await off_loop_if_long(
             sum(len(m["content"]) for m in messages),
             lambda: self._tokenizer.encode_chat(messages),
         )
-        return self._plan(
-            body,
-            [Prompt(tuple(token_ids))],
-            sender,
-            max_tokens=max_tokens,
-            num_logprobs=num_logprobs,
-        )
+        return self._plan(body, [Prompt(tuple(token_ids))], sender, wanted)
 
     async def plan_completion(self, body: CompletionBody, sender: Sender) -> GenerationPlan:
         """Return the plan for one or several prompts.
@@ -174,25 +187,22 @@ class Translator:
                 "echo cannot be combined with logprobs: those of the prompt are not computed",
                 field="echo",
             )
+        wanted = _WantedOutput(
+            max_tokens=DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
+            num_logprobs=body.logprobs,
+            grammar=await asked_grammar(body),
+        )
         prompts = await off_loop_if_long(
             sum(len(prompt) for prompt in body.prompts), lambda: self._prompts(body)
         )
-        return self._plan(
-            body,
-            prompts,
-            sender,
-            max_tokens=DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
-            num_logprobs=body.logprobs,
-        )
+        return self._plan(body, prompts, sender, wanted)
 
     def _plan(
         self,
         body: GenerationBody,
         prompts: Sequence[Prompt],
         sender: Sender,
-        *,
-        max_tokens: int | None,
-        num_logprobs: int | None,
+        wanted: _WantedOutput,
     ) -> GenerationPlan:
         if body.stream_options is not None and not body.stream:
             raise Refused("stream_options needs stream to be true", field="stream_options")
@@ -213,7 +223,7 @@ class Translator:
                 field="n",
             )
         self._check_token_ids(body, prompts)
-        make_sampling = self._shared_sampling(body, num_logprobs)
+        make_sampling = self._shared_sampling(body, wanted)
         return GenerationPlan(
             model=body.model,
             priority_class=priority_class,
@@ -224,7 +234,7 @@ class Translator:
                 SequencePlan(
                     prompt,
                     make_sampling(
-                        max_tokens=self._max_tokens(prompt, max_tokens, body),
+                        max_tokens=self._max_tokens(prompt, wanted.max_tokens, body),
                         seed=choice_seed(body.seed, choice),
                     ),
                 )
@@ -311,7 +321,7 @@ class Translator:
         return asked
 
     def _shared_sampling(
-        self, body: GenerationBody, num_logprobs: int | None
+        self, body: GenerationBody, wanted: _WantedOutput
     ) -> Callable[..., SamplingParams]:
         """Return what makes the parameters of one answer of its `max_tokens` and `seed`."""
         end_token_ids = () if body.ignore_eos else tuple(self._tokenizer.eos_token_ids)
@@ -326,7 +336,8 @@ class Translator:
             frequency_penalty=_given(body.frequency_penalty, 0.0),
             stop_token_ids=tuple(dict.fromkeys((*end_token_ids, *(body.stop_token_ids or ())))),
             logit_bias=self._logit_bias(body),
-            num_logprobs=num_logprobs,
+            grammar=wanted.grammar,
+            num_logprobs=wanted.num_logprobs,
         )
 
 

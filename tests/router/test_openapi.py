@@ -23,6 +23,7 @@ from tests.router.test_bad_input import CHAT, CHAT_CASES, COMPLETION, COMPLETION
 FOUND_OUT_LATER = re.compile(
     r"unknown model|max_tokens over|newer limit|prompt too long|n too high|too many sequences"
     r"|token outside|empty prompt|an empty one of several|mixed prompt"
+    r"|unusable|schema missing|schema of another form"
     r"|bias of|priority$|two limits|options alone|without usage|without logprobs|echo with"
 )
 """Cases whose mistake depends on the model, the configuration or another field."""

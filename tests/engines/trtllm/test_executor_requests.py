@@ -115,6 +115,8 @@ def test_the_executor_takes_every_parameter_that_a_request_can_have() -> None:
 
     assert names == {
         *("max_tokens", "seed", "temperature", "top_p", "top_k", "min_p", "stop_token_ids"),
+        # Refused by the engine's capabilities.
+        "grammar",
         *("repetition_penalty", "presence_penalty", "frequency_penalty", "num_logprobs"),
         "logit_bias",
     }
