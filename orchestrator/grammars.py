@@ -163,12 +163,13 @@ class _GuidedOutput:
             self._matcher = self._compiler.new_matcher(sampling.grammar)
         matcher = self._matcher
         new_token_ids = self.request.output_token_ids[self._num_matched :]
-        if new_token_ids and not matcher.consume_tokens(new_token_ids):
-            raise GrammarFailed(f"the output does not match its grammar: {_problem_of(matcher)}")
+        if new_token_ids:
+            matcher.consume_tokens(new_token_ids)
         self._num_matched += len(new_token_ids)
 
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
         allowed = np.unpackbits(bits, count=vocab_size, bitorder="little").view(np.bool_)
+        # Also if tokens did not fit, or if the grammar has just turned out to be too complex.
         if matcher.is_error():
             raise GrammarFailed(f"the grammar cannot be followed: {_problem_of(matcher)}")
         allowed[list(self._compiler.end_token_ids)] = False

@@ -276,8 +276,20 @@ def test_delivered_tokens_that_do_not_match_are_told(
     request = guided_request(regex_grammar("[0-9]+"))
     request.append_output_token(tiny[0].encode("x", add_special_tokens=False)[0], 0.0)
 
-    with pytest.raises(GrammarsFailed, match="does not match its grammar"):
+    with pytest.raises(GrammarsFailed, match="cannot be followed"):
         Sampler(VOCAB_SIZE, tiny[1]).sample(random_logits(1, 0), [request])
+
+
+def test_a_grammar_that_turns_out_too_complex_is_told(
+    tiny: tuple[Tokenizer, GrammarCompiler],
+) -> None:
+    """Behind the first of 1,200 optional properties, each other one may come."""
+    properties = {f"p{i}": {"type": "string", "maxLength": 9} for i in range(1200)}
+    request = guided_request(json_grammar({"type": "object", "properties": properties}))
+
+    with pytest.raises(GrammarsFailed, match="cannot be followed: Parser Error") as caught:
+        write(Sampler(VOCAB_SIZE, tiny[1]), request)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_sampler_without_a_tokenizer_says_so() -> None:
