@@ -42,7 +42,7 @@ from orchestrator.core.slo import PriorityClass, Slo
 from orchestrator.simulation.cluster import Node, Replay, replay
 from orchestrator.simulation.trace import Trace
 from orchestrator.simulation.workload import Workload
-from router.policy import LeastLoadPolicy
+from router.baselines import LeastLoadPolicy
 
 ROOT = Path(__file__).parents[1]
 ENGINE_DIR = ROOT / "built_engines/smollm2-135m"

@@ -43,7 +43,7 @@ from orchestrator.simulation.scenario import (
 from orchestrator.simulation.workers import workers
 from orchestrator.simulation.workload import Workload
 from orchestrator.yaml_config import load_yaml_model
-from router.policy import LeastLoadPolicy
+from router.baselines import LeastLoadPolicy
 
 CONFIG = Path("configs/simulations/h200-7b.yaml")
 RATE = 1.3
@@ -112,7 +112,7 @@ def run_scene(scene: Scene) -> list[Outcome]:
             result = replay_vllm(config, workload, THEIRS[policy])
         else:
             result = replay_workload(
-                config, config.policies[policy], workload, num_nodes=1, seed=scene.seed
+                config, config.policies[policy], workload, engines=config.engines(), seed=scene.seed
             )
         gain: GainReport = GainTable(result.records, config.metrics.gain_weights).report(window)
         outcomes.append(

@@ -18,6 +18,7 @@ from orchestrator.core.latency_correction import StepErrors
 from orchestrator.core.ports import (
     Clock,
     Engine,
+    QueueSummary,
     RequestEvent,
     Scheduler,
     SchedulerLoad,
@@ -96,11 +97,7 @@ class ExecutorLoop:
         """
         if self.is_draining:
             raise NodeUnavailable("the node is draining and takes no new requests")
-        if resume_from is None:
-            request = Request(spec, arrival_s=arrival_s)
-        else:
-            request = Request.resumed(spec, resume_from, arrival_s=arrival_s)
-        self._scheduler.add_request(request)
+        self._scheduler.add_request(Request.received(spec, resume_from, arrival_s=arrival_s))
 
     def abort(self, request_id: str, error: str | None = None) -> None:
         """End a request, if it has not ended; `error` makes it a failure."""
@@ -114,6 +111,10 @@ class ExecutorLoop:
     def load(self) -> SchedulerLoad:
         """Return what is queued and running now."""
         return self._scheduler.load()
+
+    def queue_summary(self, now_s: float) -> QueueSummary:
+        """Return what one more request would meet now."""
+        return self._scheduler.queue_summary(now_s)
 
     def run_step(self) -> None:
         """Plan one step, run it, account for it and emit the news.

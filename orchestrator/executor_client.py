@@ -7,6 +7,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -17,8 +18,9 @@ import zmq
 import zmq.asyncio
 
 from orchestrator.core.errors import NodeUnavailable, RequestRejected
-from orchestrator.core.ports import RequestEvent
-from orchestrator.core.request import FinishReason, RequestSpec, ResumePoint
+from orchestrator.core.ports import QueueSummary, RequestEvent, SchedulerLoad
+from orchestrator.core.queue_summary import with_received
+from orchestrator.core.request import FinishReason, Request, RequestSpec, ResumePoint
 from orchestrator.wire import (
     AbortRequest,
     AddRequest,
@@ -40,6 +42,20 @@ SHUTDOWN_GRACE_S = 10.0
 
 WATCH_PAUSE_S = 0.1
 """Pause before a silent process is looked at again."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldRequests:
+    """What a node held when its executor last said so, and what it has accepted since."""
+
+    seq_no: int
+    """Of the executor's report."""
+
+    age_s: float
+    """Since that report; deadlines in `queue` are counted from it."""
+
+    load: SchedulerLoad
+    queue: QueueSummary
 
 
 class ExecutorClient:
@@ -68,6 +84,13 @@ class ExecutorClient:
         self._decoder = msgspec.msgpack.Decoder(ExecutorMessage)
         self._ready: EngineReady | None = None
         self._load: LoadReport | None = None
+        self._queue_report: LoadReport | None = None
+        self._num_sent = 0
+        self._on_its_way: dict[str, tuple[int, Request]] = {}
+        """request_id -> how many were sent before it, and what was sent: requests that have not
+        ended and that the last queue report does not know of."""
+
+        self._next_news = asyncio.Event()
         self._failure: str | None = None
         self._last_heard_s = time.monotonic()
         self._first_word = asyncio.Event()
@@ -83,6 +106,25 @@ class ExecutorClient:
     def last_load(self) -> LoadReport | None:
         """The newest load report; None before the first."""
         return self._load
+
+    def held(self) -> HeldRequests | None:
+        """Return what this node holds; None before the first report."""
+        report = self._queue_report
+        if report is None or report.queue is None:
+            return None
+        load, queue = with_received(
+            report.load,
+            report.queue,
+            [request for _, request in self._on_its_way.values()],
+            report.taken_at_s,
+        )
+        age_s = time.monotonic() - report.taken_at_s
+        return HeldRequests(report.seq_no, age_s, load, queue)
+
+    @property
+    def next_news(self) -> asyncio.Event:
+        """Set as soon as `held`, `is_draining` or `trouble` may say something else than now."""
+        return self._next_news
 
     @property
     def is_draining(self) -> bool:
@@ -174,6 +216,10 @@ class ExecutorClient:
         has_ended = False
         try:
             await self._send(AddRequest(spec, arrival_s, resume_from))
+            request = Request.received(spec, resume_from, arrival_s=arrival_s)
+            self._on_its_way[spec.request_id] = (self._num_sent, request)
+            self._num_sent += 1
+            self._tell_news()
             while not has_ended:
                 event = await queue.get()
                 has_ended = event.finish_reason is not None
@@ -181,12 +227,14 @@ class ExecutorClient:
         finally:
             if self._streams.get(spec.request_id) is queue:
                 del self._streams[spec.request_id]
+                self._on_its_way.pop(spec.request_id, None)
             if not has_ended and self._failure is None:
                 await self._send(AbortRequest(spec.request_id))
 
     async def drain(self) -> None:
         """Refuse new requests; the running ones finish."""
         self._is_draining = True
+        self._tell_news()
         if self._failure is None:
             await self._send(Drain())
 
@@ -211,15 +259,30 @@ class ExecutorClient:
                     if queue is not None:  # else its client has left; the abort is on its way
                         queue.put_nowait(event)
             case StepReport():
-                self._load = message.load
+                self._take_load(message.load)
                 self._on_step(message)
             case LoadReport():
-                self._load = message
+                self._take_load(message)
             case EngineReady():
                 self._ready = message
                 self._first_word.set()
             case EngineFailed(reason):
                 self._fail(reason)
+
+    def _take_load(self, report: LoadReport) -> None:
+        self._load = report
+        if report.queue is not None:
+            self._queue_report = report
+            self._on_its_way = {
+                request_id: (number, request)
+                for request_id, (number, request) in self._on_its_way.items()
+                if number >= report.num_added
+            }
+            self._tell_news()
+
+    def _tell_news(self) -> None:
+        self._next_news.set()
+        self._next_news = asyncio.Event()
 
     async def _watch_process(self) -> None:
         status = await self._process.wait()
@@ -254,6 +317,7 @@ class ExecutorClient:
         """End every open stream as lost and refuse new ones for good."""
         self._failure = reason
         self._first_word.set()
+        self._tell_news()
         self._lose_streams(reason)
 
     def _lose_streams(self, reason: str) -> None:
@@ -262,6 +326,7 @@ class ExecutorClient:
                 RequestEvent(request_id, finish_reason=FinishReason.LOST, error=reason)
             )
         self._streams.clear()
+        self._on_its_way.clear()
 
     async def _end_process(self) -> None:
         if self._process.returncode is not None:

@@ -7,6 +7,7 @@ not delay a batch. Both ends of the socket are on one machine and share its mono
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from orchestrator.core.ports import (
     CopyFigures,
     Engine,
     EngineIteration,
+    QueueSummary,
     RequestEngine,
     RequestEvent,
     Scheduler,
@@ -45,6 +47,10 @@ from orchestrator.wire import (
 )
 
 logger = logging.getLogger(__name__)
+
+QUEUE_REPORT_S = 0.1
+"""A busy executor says this often, at the end of a step, what its queue holds: routers judge by
+it, and saying it costs more than counting."""
 
 IDLE_REPORT_S = 0.25
 """An idle executor sends its load this often, so that silence always means trouble."""
@@ -81,10 +87,13 @@ class ExecutorServer:
         self, socket: zmq.Socket[bytes], loaded: LoadedEngine | LoadedRequestEngine
     ) -> None:
         self._socket = socket
+        self._clock = MonotonicClock()
         self._loop = self._make_loop(loaded)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Command)
         self._seq_no = 0
+        self._num_added = 0
+        self._last_queue_report_s = -math.inf
         self._is_stopping = False
         self._parent_pid = os.getppid()
         # First, so that a node that calls itself ready can say what it holds.
@@ -119,12 +128,18 @@ class ExecutorServer:
                 return ExecutorLoop(
                     scheduler,
                     engine,
-                    clock=MonotonicClock(),
+                    clock=self._clock,
                     emit=self._emit,
                     report=self._report,
                 )
             case LoadedRequestEngine(engine=request_engine):
-                return RequestLoop(request_engine, emit=self._emit, report=self._report_iteration)
+                return RequestLoop(
+                    request_engine,
+                    latency_profile=loaded.latency_profile,
+                    clock=self._clock,
+                    emit=self._emit,
+                    report=self._report_iteration,
+                )
 
     def _drain_commands(self) -> None:
         while self._socket.poll(0):
@@ -133,6 +148,7 @@ class ExecutorServer:
     def _handle(self, command: Command) -> None:
         match command:
             case AddRequest(spec, arrival_s, resume_from):
+                self._num_added += 1
                 try:
                     self._loop.add(spec, arrival_s, resume_from)
                 # The HTTP process checks first; this is for what changed in between.
@@ -209,7 +225,12 @@ class ExecutorServer:
 
     def _load_report(self, load: SchedulerLoad) -> LoadReport:
         self._seq_no += 1
-        return LoadReport(seq_no=self._seq_no, load=load)
+        now_s = self._clock.now_s()
+        queue: QueueSummary | None = None
+        if not self._loop.has_requests or now_s >= self._last_queue_report_s + QUEUE_REPORT_S:
+            queue = self._loop.queue_summary(now_s)
+            self._last_queue_report_s = now_s
+        return LoadReport(self._seq_no, load, now_s, self._num_added, queue)
 
     def _send(self, message: ExecutorMessage) -> None:
         self._socket.send(self._encoder.encode(message))

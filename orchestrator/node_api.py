@@ -11,6 +11,7 @@ from http import HTTPStatus
 
 import msgspec
 from fastapi import FastAPI, Request, Response
+from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from orchestrator.core.admission import check_request, check_resume_point
@@ -27,6 +28,14 @@ from orchestrator.wire import (
     NodeSnapshot,
     TokenEvent,
 )
+
+NDJSON = "application/x-ndjson"
+
+SNAPSHOT_HEARTBEAT_S = 0.5
+"""Snapshots are streamed at least this often, so that a router can tell silence from calm."""
+
+SNAPSHOT_PAUSE_S = 0.05
+"""Between two snapshots of a stream, whatever the news: a burst of requests makes few lines."""
 
 _generate_decoder = msgspec.json.Decoder(GenerateRequest)
 _json_encoder = msgspec.json.Encoder()
@@ -74,6 +83,40 @@ class NodeService:
         arrival_s = time.monotonic() - body.elapsed_s
         return self._counted(self.executor.generate(spec, arrival_s, body.resume_from))
 
+    def snapshot(self) -> NodeSnapshot:
+        """Return what the node holds now.
+
+        Raises:
+            NodeUnavailable: the engine is not serving.
+        """
+        self.ready()
+        held = self.executor.held()
+        if held is None:
+            raise NodeUnavailable("the engine has not reported its load yet")
+        return NodeSnapshot(
+            endpoint_id=self.endpoint_id,
+            instance_id=self.instance_id,
+            seq_no=held.seq_no,
+            age_s=held.age_s,
+            load=held.load,
+            queue=held.queue,
+            is_draining=self.executor.is_draining,
+        )
+
+    async def snapshots(self) -> AsyncGenerator[bytes]:
+        """Yield a line with a snapshot now and whenever there is news, until the engine is not
+        serving."""
+        while True:
+            news = self.executor.next_news
+            try:
+                line = _json_encoder.encode(self.snapshot()) + b"\n"
+            except NodeUnavailable:
+                return  # who asks for a snapshot is told why
+            yield line
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(news.wait(), SNAPSHOT_HEARTBEAT_S)
+            await asyncio.sleep(SNAPSHOT_PAUSE_S)
+
     async def _counted(
         self, generated: AsyncGenerator[RequestEvent]
     ) -> AsyncGenerator[RequestEvent]:
@@ -96,7 +139,7 @@ class TokenEventsResponse(Response):
     """
 
     def __init__(self, events: AsyncGenerator[RequestEvent], *, heartbeat_s: float) -> None:
-        super().__init__(media_type="application/x-ndjson")
+        super().__init__(media_type=NDJSON)
         self._events = events
         self._heartbeat_s = heartbeat_s
         self._writing = asyncio.Lock()
@@ -191,19 +234,12 @@ def create_node_app(service: NodeService) -> FastAPI:
 
     @app.get("/v1/snapshot")
     async def snapshot() -> Response:
-        service.ready()
-        report = service.executor.last_load
-        if report is None:
-            raise NodeUnavailable("the engine has not reported its load yet")
-        return _json(
-            NodeSnapshot(
-                endpoint_id=service.endpoint_id,
-                instance_id=service.instance_id,
-                seq_no=report.seq_no,
-                load=report.load,
-                is_draining=service.executor.is_draining,
-            )
-        )
+        return _json(service.snapshot())
+
+    @app.get("/v1/snapshots")
+    async def snapshots() -> Response:
+        service.snapshot()  # refused here and now if there is none to begin with
+        return StreamingResponse(service.snapshots(), media_type=NDJSON)
 
     @app.post("/v1/drain")
     async def drain() -> Response:

@@ -15,8 +15,17 @@ from dataclasses import dataclass, replace
 from orchestrator.core.admission import check_request
 from orchestrator.core.errors import EngineError, NodeUnavailable, RequestRejected
 from orchestrator.core.kv_state import KVBlockCounts
-from orchestrator.core.ports import EngineIteration, RequestEngine, RequestEvent, SchedulerLoad
-from orchestrator.core.request import FinishReason, RequestSpec, ResumePoint
+from orchestrator.core.latency import LatencyProfile
+from orchestrator.core.ports import (
+    Clock,
+    EngineIteration,
+    QueueSummary,
+    RequestEngine,
+    RequestEvent,
+    SchedulerLoad,
+)
+from orchestrator.core.queue_summary import summarise_unplanned
+from orchestrator.core.request import FinishReason, Request, RequestSpec, ResumePoint
 from orchestrator.executor import MAX_CONSECUTIVE_FAILURES
 
 logger = logging.getLogger(__name__)
@@ -30,8 +39,9 @@ so it must be short beside a step, which takes some ten times as long on a GPU."
 class _OpenRequest:
     """A request that has not ended."""
 
-    num_prompt_tokens: int
+    request: Request
     has_output: bool = False
+    """Of this engine; what another one has delivered is prompt here."""
 
 
 class RequestLoop:
@@ -41,12 +51,16 @@ class RequestLoop:
         self,
         engine: RequestEngine,
         *,
+        latency_profile: LatencyProfile,
+        clock: Clock,
         emit: Callable[[Sequence[RequestEvent]], None],
         report: Callable[[EngineIteration, SchedulerLoad], None],
     ) -> None:
-        """`emit` receives the news of requests, in order; `report` each step of the engine and
-        the load after it."""
+        """`latency_profile` prices what waits, for routers; `emit` receives the news of requests,
+        in order; `report` each step of the engine and the load after it."""
         self._engine = engine
+        self._latency_profile = latency_profile
+        self._clock = clock
         self._emit = emit
         self._report = report
         self._open: dict[str, _OpenRequest] = {}
@@ -62,7 +76,8 @@ class RequestLoop:
     def add(
         self, spec: RequestSpec, arrival_s: float, resume_from: ResumePoint | None = None
     ) -> None:
-        """Accept a request; the engine does not ask when it arrived.
+        """Accept a request that arrived at `arrival_s` on the loop's clock, for which the engine
+        does not ask.
 
         With `resume_from`, the tokens that another node has delivered become part of the prompt.
         Greedy output is the same by that; drawn tokens follow the same distribution, but the
@@ -75,6 +90,7 @@ class RequestLoop:
         """
         if self.is_draining:
             raise NodeUnavailable("the node is draining and takes no new requests")
+        request = Request.received(spec, resume_from, arrival_s=arrival_s)
         if resume_from is not None:
             spec = _remainder(spec, resume_from.output_token_ids)
         check_request(spec, self._engine.capabilities)
@@ -84,7 +100,7 @@ class RequestLoop:
                 field="request_id",
             )
         self._engine.start(spec)
-        self._open[spec.request_id] = _OpenRequest(len(spec.prompt_token_ids))
+        self._open[spec.request_id] = _OpenRequest(request)
 
     def abort(self, request_id: str) -> None:
         """End a request, if it has not ended."""
@@ -97,6 +113,12 @@ class RequestLoop:
         """Return what is queued and running now, as far as the engine tells."""
         self._pass_on_iterations()
         return self._current_load()
+
+    def queue_summary(self, now_s: float) -> QueueSummary:
+        """Return what one more request would meet now, as far as the engine tells."""
+        prefills = [r.request for r in self._open.values() if not r.has_output]
+        decodes = [r.request for r in self._open.values() if r.has_output]
+        return summarise_unplanned(prefills, decodes, self._latency_profile, now_s)
 
     def run_step(self) -> None:
         """Wait shortly for news of the engine and pass them on.
@@ -112,10 +134,12 @@ class RequestLoop:
 
     def _note(self, event: RequestEvent) -> bool:
         """Keep account of an event; return whether it is news of a request that is open."""
-        request = self._open.get(event.request_id)
-        if request is None:
+        held = self._open.get(event.request_id)
+        if held is None:
             return False
-        request.has_output |= bool(event.new_token_ids)
+        held.has_output |= bool(event.new_token_ids)
+        for token_id in event.new_token_ids:
+            held.request.append_output_token(token_id, self._clock.now_s())
         if event.finish_reason is not None:
             del self._open[event.request_id]
         return True
@@ -154,7 +178,7 @@ class RequestLoop:
             num_running=num_running,
             num_decoding=len(self._open) - len(prefills),
             # How far the engine is with a prompt is not told; until its first token it counts.
-            num_queued_prompt_tokens=sum(r.num_prompt_tokens for r in prefills),
+            num_queued_prompt_tokens=sum(r.request.num_tokens for r in prefills),
             num_free_device_blocks=num_free_blocks,
             num_device_blocks=num_blocks,
             kv_blocks=KVBlockCounts(

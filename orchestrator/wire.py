@@ -8,6 +8,8 @@ HTTP service of a node:
                              Closing the connection aborts the request.
     GET  /v1/node            NodeDescription: what is served, its limits and latency profile
     GET  /v1/snapshot        NodeSnapshot: load now
+    GET  /v1/snapshots       lines of NodeSnapshot as application/x-ndjson, one at once and one
+                             whenever something has changed, until either side closes
     POST /v1/drain           finish what runs, refuse what comes
     GET  /health             200 {"status": "ready"}, or 503 with a reason
     GET  /metrics            Prometheus text
@@ -28,6 +30,7 @@ from orchestrator.core.latency_correction import StepErrors
 from orchestrator.core.ports import (
     CopyFigures,
     EngineCapabilities,
+    QueueSummary,
     RequestEvent,
     SchedulerLoad,
     TokenLogprobs,
@@ -122,14 +125,21 @@ class NodeDescription(msgspec.Struct, frozen=True):
 
 
 class NodeSnapshot(msgspec.Struct, frozen=True):
-    """Body of GET /v1/snapshot."""
+    """Body of GET /v1/snapshot: what the engine held when it last said so, and every request that
+    the node has accepted since."""
 
     endpoint_id: str
     instance_id: str
     seq_no: int
-    """Grows with every executor step; a smaller one is older."""
+    """Grows with every report of the executor; a smaller one is older."""
+
+    age_s: float
+    """How long ago the engine said it; a step may have been running since."""
 
     load: SchedulerLoad
+    queue: QueueSummary
+    """Deadlines are counted from the moment of the engine's report."""
+
     is_draining: bool
 
 
@@ -189,6 +199,14 @@ class LoadReport(msgspec.Struct, frozen=True, tag=True):
     """Grows with each report."""
 
     load: SchedulerLoad
+    taken_at_s: float
+    """On this machine's monotonic clock, which both processes share."""
+
+    num_added: int
+    """AddRequest messages that `load` and `queue` know of."""
+
+    queue: QueueSummary | None
+    """None in most reports of a busy executor."""
 
 
 class StepReport(msgspec.Struct, frozen=True, tag=True):

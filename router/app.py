@@ -37,8 +37,7 @@ from router.metrics import CONTENT_TYPE, RouterMetrics
 from router.node_client import NodeClient
 from router.open_requests import OpenRequests
 from router.openapi import openapi_document
-from router.outlook import ProfileOutlook
-from router.policy import LeastLoadPolicy, RoutingPolicy
+from router.outlook import FleetOutlook
 from router.responses import (
     AnswerFormat,
     ChatFormat,
@@ -78,13 +77,7 @@ class RouterService:
         self.client = NodeClient(
             connect_timeout_s=config.connect_timeout_s, stall_timeout_s=config.stall_timeout_s
         )
-        self.pool = EndpointPool(
-            config.nodes,
-            self.client,
-            clock,
-            model=config.model,
-            settings=config,
-        )
+        self.pool = EndpointPool(config, self.client, clock, self.metrics)
         self.directory = _directory(config, clock, self.metrics)
         self._everybody = Client.everybody(
             ServiceTerms.of_everybody(config.classes, default_class=config.default_class)
@@ -92,7 +85,7 @@ class RouterService:
         self.admission = Admission(
             config.admission,
             [c.to_priority_class() for c in config.classes],
-            ProfileOutlook(self.pool.views, self.pool.description_of),
+            FleetOutlook(self.pool.fleet, self.pool.offer),
             self.metrics,
         )
         self.translator = Translator(config, tokenizer, self.pool)
@@ -103,7 +96,7 @@ class RouterService:
             dispatcher=Dispatcher(
                 self.pool,
                 self.client,
-                _policy(config),
+                config.make_policy(config.class_weights),
                 clock,
                 self.metrics,
                 rules=config.retry_rules(),
@@ -404,9 +397,3 @@ def _directory(
         metrics,
         poll_interval_s=config.clients_poll_interval_s,
     )
-
-
-def _policy(config: RouterConfig) -> RoutingPolicy:
-    match config.policy:
-        case "least-load":
-            return LeastLoadPolicy()

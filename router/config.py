@@ -22,6 +22,7 @@ from pydantic import (
 from orchestrator.core.slo import PriorityClass, Slo
 from router.health import BreakerRules
 from router.retries import RetryRules
+from router.routing_config import RoutingConfig
 from router.schema import ObjectiveMs
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
@@ -163,19 +164,14 @@ DEFAULT_CLASSES = (
 )
 
 
-class RouterSettings(BaseModel):
+class RouterSettings(RoutingConfig):
     """A router, but for the nodes behind it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 opens the router to the network."""
 
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """TCP port to listen on; 0 takes any free one."""
-
-    policy: Literal["least-load"] = "least-load"
-    """How a node is chosen for a request."""
 
     classes: Annotated[tuple[ServiceClassConfig, ...], Field(min_length=1)] = DEFAULT_CLASSES
     """The service classes on offer."""
@@ -227,7 +223,8 @@ class RouterSettings(BaseModel):
     only while a token of them can be in time, and wait for one only if they have lost one."""
 
     snapshot_poll_interval_s: PositiveFloat = 0.25
-    """Pause between two looks at a node's load."""
+    """Pause between two looks at the load of a node that does not stream it, and before a stream
+    that has ended is begun again."""
 
     max_snapshot_age_s: PositiveFloat = 3.0
     """A node not heard of for longer gets no requests."""
@@ -238,6 +235,11 @@ class RouterSettings(BaseModel):
     idempotency: IdempotencyConfig = IdempotencyConfig()
     """What is kept of the answers to requests with an `Idempotency-Key`."""
 
+    @property
+    def class_weights(self) -> dict[str, float]:
+        """Return the weight of each service class."""
+        return {c.name: c.weight for c in self.classes}
+
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
         class_names = [c.name for c in self.classes]
@@ -247,6 +249,7 @@ class RouterSettings(BaseModel):
                 f"default_class is {self.default_class!r}, "
                 f"it must be one of the classes: {', '.join(class_names)}"
             )
+        self.make_policy(self.class_weights)  # or says what does not fit
         if self.max_snapshot_age_s <= self.snapshot_poll_interval_s:
             raise ValueError(
                 f"max_snapshot_age_s is {self.max_snapshot_age_s}, it must exceed "

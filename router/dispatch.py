@@ -13,7 +13,8 @@ from orchestrator.core.errors import EngineStepError, NodeUnavailable
 from orchestrator.core.ports import Clock
 from orchestrator.core.request import FinishReason
 from orchestrator.wire import GenerateRequest, TokenEvent
-from router.endpoints import Dispatch, EndpointPool
+from router.endpoints import EndpointPool
+from router.fleet import Dispatch
 from router.metrics import RouterMetrics
 from router.node_client import NodeClient
 from router.policy import RoutingPolicy, RoutingRequest
@@ -64,11 +65,11 @@ class Dispatcher:
         progress = SequenceProgress(routing, self._rules, max_wait_s=max_wait_s)
         failure: Failure | None = None
         while True:
-            endpoint_id = await self._next_endpoint(progress, failure)
-            used_endpoints.append(endpoint_id)
-            dispatch = self._begin(endpoint_id, progress)
+            dispatch = await self._begin_next(progress, failure)
+            used_endpoints.append(dispatch.endpoint_id)
             batches = self._client.generate(
-                self._pool.url_of(endpoint_id), self._node_request(request, routing, progress)
+                self._pool.url_of(dispatch.endpoint_id),
+                self._node_request(request, routing, progress),
             )
             try:
                 async with aclosing(batches):
@@ -76,23 +77,24 @@ class Dispatcher:
                         progress.accept()
                         if not events:
                             continue
-                        failure = _failure(events[-1], request.request_id, endpoint_id)
+                        failure = _failure(events[-1], request.request_id, dispatch.endpoint_id)
                         good = events if failure is None else events[:-1]
                         if good:
-                            self._note_tokens(endpoint_id, dispatch, progress, good)
+                            self._note_tokens(dispatch, progress, good)
                             yield good
                         if failure is not None:
                             raise failure
-                self._pool.note_success(endpoint_id)
+                self._pool.note_success(dispatch)
                 return
             except (NodeUnavailable, EngineStepError) as error:
                 failure = error
-                self._lose(endpoint_id, dispatch, progress, error)
+                self._lose(dispatch, progress, error)
             finally:
-                self._pool.end_dispatch(endpoint_id, dispatch)
+                self._pool.end_dispatch(dispatch)
 
-    async def _next_endpoint(self, progress: SequenceProgress, failure: Failure | None) -> str:
-        """Return the node to try next, as soon as there is one; `failure` is the last node's."""
+    async def _begin_next(self, progress: SequenceProgress, failure: Failure | None) -> Dispatch:
+        """Count the sequence on the node to try next, as soon as there is one; `failure` is the
+        last node's."""
         num_looks = progress.num_failures
         while True:
             if num_looks > 0:
@@ -100,30 +102,25 @@ class Dispatcher:
             now_s = self._clock.now_s()
             reason = None if failure is None else progress.why_no_retry(now_s)
             if reason is None:
-                endpoint_id = self._pick(progress, now_s)
-                if endpoint_id is not None:
-                    return endpoint_id
+                dispatch = self._begin(progress, now_s)
+                if dispatch is not None:
+                    return dispatch
                 reason = progress.why_no_wait(now_s)
             if reason is not None:
                 raise self._given_up(failure, reason)
             num_looks += 1
 
-    def _pick(self, progress: SequenceProgress, now_s: float) -> str | None:
+    def _begin(self, progress: SequenceProgress, now_s: float) -> Dispatch | None:
+        """Count the sequence on the node that the policy picks; None if it picks none."""
         routing = progress.routing
-        usable = [
-            view
-            for view in self._pool.views(now_s, exclude=progress.failed_instances)
-            if view.max_sequence_tokens >= routing.max_size
-        ]
-        return self._policy.pick(routing, usable, now_s).endpoint_id
-
-    def _begin(self, endpoint_id: str, progress: SequenceProgress) -> Dispatch:
+        offered = self._pool.offer(now_s, routing.max_size, progress.failed_instances)
+        decision = self._policy.pick(routing, self._pool.fleet, offered, now_s)
+        if decision.endpoint_id is None:
+            return None
         if progress.num_attempts > 0:
             self._metrics.failover.retries[progress.resume_point is not None].inc()
         progress.num_attempts += 1
-        return self._pool.begin_dispatch(
-            endpoint_id, num_prompt_tokens=progress.routing.num_prompt_tokens
-        )
+        return self._pool.begin_dispatch(routing, decision, now_s)
 
     def _node_request(
         self, request: GenerateRequest, routing: RoutingRequest, progress: SequenceProgress
@@ -135,27 +132,20 @@ class Dispatcher:
         )
 
     def _note_tokens(
-        self,
-        endpoint_id: str,
-        dispatch: Dispatch,
-        progress: SequenceProgress,
-        events: Sequence[TokenEvent],
+        self, dispatch: Dispatch, progress: SequenceProgress, events: Sequence[TokenEvent]
     ) -> None:
-        if not dispatch.has_first_token:
-            self._pool.note_token(endpoint_id, dispatch)
+        self._pool.note_first_token(dispatch)
         now_s = self._clock.now_s()
         for event in events:
             progress.receive(event.new_token_ids, now_s)
 
-    def _lose(
-        self, endpoint_id: str, dispatch: Dispatch, progress: SequenceProgress, failure: Failure
-    ) -> None:
-        self._metrics.upstream_errors(endpoint_id).inc()
+    def _lose(self, dispatch: Dispatch, progress: SequenceProgress, failure: Failure) -> None:
+        self._metrics.upstream_errors(dispatch.endpoint_id).inc()
         # A step that failed may be the request's own fault, which must not cost others the node;
         # and a node whose engine always fails says so itself.
         is_engine_error = isinstance(failure, EngineStepError)
         if not is_engine_error:
-            self._pool.lose_node(endpoint_id, dispatch, str(failure))
+            self._pool.lose_node(dispatch, str(failure))
         progress.lose_node(
             dispatch.instance_id, self._clock.now_s(), is_engine_error=is_engine_error
         )

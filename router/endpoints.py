@@ -1,30 +1,33 @@
-"""The nodes a router may use: their last snapshot, its age, and what was sent there since."""
+"""The nodes a router may use: where they are, what they last said, and whether they may be used.
+
+Nodes stream snapshots of what they hold; where a stream ends or there is none, they are polled.
+What a routing policy needs to know of them is kept in a `Fleet`.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Collection
+from contextlib import aclosing
+from dataclasses import dataclass
 
 from orchestrator.core.errors import NodeUnavailable
-from orchestrator.core.ports import Clock, EngineCapabilities
+from orchestrator.core.ports import Clock
 from orchestrator.wire import NodeDescription, NodeSnapshot
-from router.config import EndpointConfig, RouterSettings
+from router.config import RouterConfig
+from router.fleet import Dispatch, EndpointSnapshot, Flags, Fleet, max_sequence_tokens
 from router.health import CircuitBreaker, SlowStart
+from router.metrics import RouterMetrics
 from router.node_client import NodeClient
-from router.policy import EndpointView
+from router.policy import RoutingDecision, RoutingRequest
 
+_TIMELINESS = {True: "in_time", False: "late"}
 
-@dataclass(slots=True, eq=False)
-class Dispatch:
-    """A sequence that this router sent to a node and that has not ended."""
-
-    instance_id: str
-    """The process it was sent to."""
-
-    num_prompt_tokens: int
-    sent_at_s: float
-    has_first_token: bool = False
+IN_FLIGHT_S = 0.005
+"""A request is taken to be missing from a streamed snapshot if it was sent later than this before
+the snapshot came: it may have been on its way. Counted twice for a moment does less harm than not
+at all."""
 
 
 @dataclass(slots=True, eq=False)
@@ -37,8 +40,8 @@ class Endpoint:
     slow_start: SlowStart
     description: NodeDescription | None = None
     snapshot: NodeSnapshot | None = None
-    asked_at_s: float = 0.0
-    """When the last snapshot was asked for."""
+    heard_at_s: float = 0.0
+    """When the last snapshot was new at the latest."""
 
     failure: str | None = "not heard of yet"
     """Why the node cannot be used, until a poll succeeds."""
@@ -49,63 +52,80 @@ class Endpoint:
     is_unreachable: bool = False
     """The last poll failed."""
 
-    dispatches: set[Dispatch] = field(default_factory=set)
+    num_dispatches: int = 0
+    """Sequences that this router sent there and that have not ended."""
+
+    def has_room(self, now_s: float) -> bool:
+        """Return whether the node may be given more while it begins slowly."""
+        if self.description is None:
+            return False
+        capacity = self.description.capabilities.max_num_seqs
+        limit = self.slow_start.max_requests(now_s, capacity=capacity)
+        return limit is None or self.num_dispatches < limit
+
+    def is_well(self, now_s: float) -> bool:
+        """Return whether the node may be used without limits."""
+        return not self.breaker.is_open and not self.slow_start.is_running(now_s)
 
 
 class EndpointPool:
-    """Polls the configured nodes and says which can be used now."""
+    """Listens to the configured nodes and says which can be used now."""
 
     def __init__(
-        self,
-        endpoints: Sequence[EndpointConfig],
-        client: NodeClient,
-        clock: Clock,
-        *,
-        model: str,
-        settings: RouterSettings,
+        self, config: RouterConfig, client: NodeClient, clock: Clock, metrics: RouterMetrics
     ) -> None:
-        self._settings = settings
+        self._config = config
         self._endpoints = {
             e.endpoint_id: Endpoint(
-                e.endpoint_id, e.url, self._new_breaker(), SlowStart(settings.health.slow_start_s)
+                e.endpoint_id, e.url, self._new_breaker(), SlowStart(config.health.slow_start_s)
             )
-            for e in endpoints
+            for e in config.nodes
         }
         self._client = client
         self._clock = clock
-        self._model = model
+        self._metrics = metrics
+        self._watched: set[str] = set()
+        """Nodes that have failed or come back, for whose sake breakers and slow starts are asked:
+        all others are known to have none."""
+
         self._tasks: list[asyncio.Task[None]] = []
+        self.fleet = Fleet(self._endpoints, config.estimates)
+        """For routing policies, which only read it."""
 
     async def start(self) -> None:
-        """Poll every node once, then keep polling until `stop`."""
+        """Poll every node once, then follow them all until `stop`."""
         await asyncio.gather(*(self._poll(e) for e in self._endpoints.values()))
         self._tasks = [
-            asyncio.create_task(self._keep_polling(e), name=f"poll {e.endpoint_id}")
+            asyncio.create_task(self._follow(e), name=f"follow {e.endpoint_id}")
             for e in self._endpoints.values()
         ]
 
     async def stop(self) -> None:
-        """End the polling."""
+        """Stop following."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def views(self, now_s: float, *, exclude: Collection[str] = ()) -> list[EndpointView]:
-        """Return the nodes that can be used now, without the processes (`instance_id`) in
-        `exclude`.
+    def offer(self, now_s: float, num_tokens: int, exclude: Collection[str] = ()) -> Flags:
+        """Return which nodes can be used now for a sequence of so many tokens, without the
+        processes (`instance_id`) in `exclude`, as rows of the fleet.
 
         Those that have come back lately and are given enough already are only there if there is
         no other.
         """
-        usable = [
-            (_view(endpoint, description, snapshot), _has_room(endpoint, description, now_s))
-            for endpoint in self._endpoints.values()
-            if self._obstacle(endpoint, now_s) is None
-            and (description := endpoint.description) is not None
-            and (snapshot := endpoint.snapshot) is not None
-            and description.instance_id not in exclude
-        ]
-        return [view for view, has_room in usable if has_room] or [view for view, _ in usable]
+        offered = self.fleet.offer(now_s, num_tokens, exclude)
+        if not self._watched:
+            return offered
+        has_room = offered.copy()
+        for endpoint_id in tuple(self._watched):
+            endpoint, row = self._endpoints[endpoint_id], self.fleet.row_of(endpoint_id)
+            if endpoint.breaker.obstacle(now_s) is not None:
+                offered[row] = has_room[row] = False
+            elif not endpoint.has_room(now_s):
+                has_room[row] = False
+            elif endpoint.is_well(now_s):
+                self._watched.discard(endpoint_id)
+        return has_room if has_room.any() else offered
 
     def obstacles(self, now_s: float) -> dict[str, str | None]:
         """Return, for each node, why it cannot be used now; None if it can."""
@@ -114,12 +134,6 @@ class EndpointPool:
     def url_of(self, endpoint_id: str) -> str:
         """Return the address of a node."""
         return self._endpoints[endpoint_id].url
-
-    def description_of(self, endpoint_id: str) -> NodeDescription:
-        """Return what a node that `views` has just offered serves."""
-        description = self._endpoints[endpoint_id].description
-        assert description is not None, "only nodes that were described are offered"
-        return description
 
     def max_sequence_tokens(self) -> int:
         """Return the longest sequence, prompt and output, that any node takes that was ever there.
@@ -130,7 +144,7 @@ class EndpointPool:
         known = [d for e in self._endpoints.values() if (d := e.last_description) is not None]
         if not known:
             raise NodeUnavailable(self.explain_obstacles())
-        return max(_max_sequence_tokens(description.capabilities) for description in known)
+        return max(max_sequence_tokens(description.capabilities) for description in known)
 
     def explain_obstacles(self) -> str:
         """Return why there is no node for a request, in words for its client."""
@@ -140,42 +154,55 @@ class EndpointPool:
         )
         return f"no node can take the request now, try again later ({reasons})"
 
-    def begin_dispatch(self, endpoint_id: str, *, num_prompt_tokens: int) -> Dispatch:
-        """Count a sequence on a node until `end_dispatch`; its snapshots may not show it yet."""
-        endpoint, now_s = self._endpoints[endpoint_id], self._clock.now_s()
-        assert endpoint.description is not None, "the node was on offer"
-        dispatch = Dispatch(endpoint.description.instance_id, num_prompt_tokens, now_s)
-        endpoint.dispatches.add(dispatch)
+    def begin_dispatch(
+        self, request: RoutingRequest, decision: RoutingDecision, now_s: float
+    ) -> Dispatch:
+        """Count a sequence on the node of a decision until `end_dispatch`."""
+        assert decision.endpoint_id is not None, "only what is sent somewhere is counted"
+        dispatch = self.fleet.begin_dispatch(
+            decision.endpoint_id, request, now_s, is_satisfiable=decision.is_satisfiable
+        )
+        endpoint = self._endpoints[decision.endpoint_id]
+        endpoint.num_dispatches += 1
         endpoint.breaker.begin(dispatch, now_s)
         return dispatch
 
-    def end_dispatch(self, endpoint_id: str, dispatch: Dispatch) -> None:
-        """The sequence has ended, however."""
-        endpoint = self._endpoints[endpoint_id]
-        endpoint.dispatches.discard(dispatch)
-        endpoint.breaker.end(dispatch)
-
-    def note_token(self, endpoint_id: str, dispatch: Dispatch) -> None:
-        """A sequence has got its first token from a node."""
-        dispatch.has_first_token = True
-        endpoint = self._endpoints[endpoint_id]
+    def note_first_token(self, dispatch: Dispatch) -> None:
+        """A sequence has produced output; only the first call of each counts."""
+        if dispatch.has_first_token:
+            return
+        now_s = self._clock.now_s()
+        self.fleet.note_first_token(dispatch)
+        self._compare(dispatch, is_in_time=now_s < dispatch.request.due_s)
+        endpoint = self._endpoints[dispatch.endpoint_id]
         if endpoint.breaker.answer(dispatch):
-            endpoint.slow_start.begin(self._clock.now_s())
+            endpoint.slow_start.begin(now_s)
 
-    def note_success(self, endpoint_id: str) -> None:
-        """A sequence has got its last token from a node."""
-        self._endpoints[endpoint_id].breaker.succeed()
+    def end_dispatch(self, dispatch: Dispatch) -> None:
+        """The sequence has ended, however."""
+        self.fleet.end_dispatch(dispatch)
+        endpoint = self._endpoints[dispatch.endpoint_id]
+        endpoint.num_dispatches -= 1
+        endpoint.breaker.end(dispatch)
+        # Who gave up before the deadline leaves open whether it would have been met.
+        if not dispatch.has_first_token and self._clock.now_s() >= dispatch.request.due_s:
+            self._compare(dispatch, is_in_time=False)
 
-    def lose_node(self, endpoint_id: str, dispatch: Dispatch, reason: str) -> None:
+    def note_success(self, dispatch: Dispatch) -> None:
+        """A sequence has got its last token."""
+        self._endpoints[dispatch.endpoint_id].breaker.succeed()
+
+    def lose_node(self, dispatch: Dispatch, reason: str) -> None:
         """A node has lost a sequence: do not use it until it answers a poll again, and not even
         then if that happens too often."""
-        endpoint = self._endpoints[endpoint_id]
+        endpoint = self._endpoints[dispatch.endpoint_id]
         last = endpoint.last_description
         if last is None or last.instance_id != dispatch.instance_id:
             return  # Another process has taken its place.
         endpoint.breaker.fail(dispatch, self._clock.now_s())
+        self._watched.add(dispatch.endpoint_id)
         if endpoint.description is not None:
-            self.mark_failed(endpoint_id, reason)
+            self.mark_failed(dispatch.endpoint_id, reason)
 
     def mark_failed(self, endpoint_id: str, reason: str) -> None:
         """Do not use a node until it answers a poll again."""
@@ -183,39 +210,89 @@ class EndpointPool:
         endpoint.failure = reason
         # It may come back as another process.
         endpoint.description = endpoint.snapshot = None
+        self.fleet.allow(endpoint_id, until_s=-math.inf)
+
+    def _compare(self, dispatch: Dispatch, *, is_in_time: bool) -> None:
+        """Count what was predicted of a first token against what came."""
+        if dispatch.is_satisfiable is not None:
+            self._metrics.first_tokens_predicted(
+                _TIMELINESS[dispatch.is_satisfiable], _TIMELINESS[is_in_time]
+            ).inc()
 
     def _obstacle(self, endpoint: Endpoint, now_s: float) -> str | None:
         if endpoint.failure is not None:
             return endpoint.failure
-        assert endpoint.snapshot is not None, "a poll that succeeds sets it"
-        age_s = now_s - endpoint.asked_at_s
-        if age_s > self._settings.max_snapshot_age_s:
+        assert endpoint.snapshot is not None, "a snapshot ends a failure"
+        age_s = now_s - endpoint.heard_at_s
+        if age_s > self._config.max_snapshot_age_s:
             return f"not heard of for {age_s:.1f} s"
         if endpoint.snapshot.is_draining:
             return "draining"
         return endpoint.breaker.obstacle(now_s)
 
-    async def _keep_polling(self, endpoint: Endpoint) -> None:
+    async def _follow(self, endpoint: Endpoint) -> None:
         while True:
-            await asyncio.sleep(self._settings.snapshot_poll_interval_s)
+            if endpoint.failure is None:
+                await self._listen(endpoint)
+            await asyncio.sleep(self._config.snapshot_poll_interval_s)
             await self._poll(endpoint)
 
+    async def _listen(self, endpoint: Endpoint) -> None:
+        """Take in a node's stream of snapshots until it ends; the next poll says why."""
+        timeout_s = self._config.max_snapshot_age_s
+        try:
+            async with aclosing(self._client.snapshots(endpoint.url, timeout_s=timeout_s)) as lines:
+                async for snapshot in lines:
+                    if endpoint.description is None:
+                        return  # marked as failed meanwhile: to be asked anew who it is
+                    heard_at_s = self._clock.now_s() - IN_FLIGHT_S
+                    self._take(endpoint, endpoint.description, snapshot, heard_at_s)
+        except NodeUnavailable:
+            return
+
     async def _poll(self, endpoint: Endpoint) -> None:
-        timeout_s = self._settings.max_snapshot_age_s
+        timeout_s = self._config.max_snapshot_age_s
         try:
             description = endpoint.description or await self._describe(endpoint, timeout_s)
             asked_at_s = self._clock.now_s()
             snapshot = await self._client.snapshot(endpoint.url, timeout_s=timeout_s)
-            if snapshot.instance_id != description.instance_id:
-                # Another process, to be asked who it is.
-                raise NodeUnavailable(f"node {endpoint.endpoint_id} has just restarted")
+            self._take(endpoint, description, snapshot, asked_at_s)
         except NodeUnavailable as error:
             endpoint.is_unreachable = True
             self.mark_failed(endpoint.endpoint_id, str(error))
         else:
             self._welcome(endpoint, description)
-            endpoint.description, endpoint.snapshot = description, snapshot
-            endpoint.asked_at_s, endpoint.failure = asked_at_s, None
+
+    def _take(
+        self,
+        endpoint: Endpoint,
+        description: NodeDescription,
+        snapshot: NodeSnapshot,
+        heard_at_s: float,
+    ) -> None:
+        """Take in a snapshot, which has in it what was sent to the node before `heard_at_s`.
+
+        Raises:
+            NodeUnavailable: another process has taken the node's place.
+        """
+        if snapshot.instance_id != description.instance_id:
+            # To be asked who it is.
+            raise NodeUnavailable(f"node {endpoint.endpoint_id} has just restarted")
+        endpoint.description, endpoint.snapshot = description, snapshot
+        endpoint.heard_at_s, endpoint.failure = heard_at_s, None
+        self.fleet.see(
+            endpoint.endpoint_id,
+            EndpointSnapshot(
+                instance_id=snapshot.instance_id,
+                capabilities=description.capabilities,
+                load=snapshot.load,
+                queue=snapshot.queue,
+                taken_at_s=heard_at_s - snapshot.age_s,
+                complete_until_s=heard_at_s,
+            ),
+        )
+        until_s = heard_at_s + self._config.max_snapshot_age_s
+        self.fleet.allow(endpoint.endpoint_id, -math.inf if snapshot.is_draining else until_s)
 
     def _welcome(self, endpoint: Endpoint, description: NodeDescription) -> None:
         """Take note of who answers; a node that was away begins slowly."""
@@ -223,12 +300,13 @@ class EndpointPool:
         is_new = last is None or last.instance_id != description.instance_id
         if last is not None and (is_new or endpoint.is_unreachable):
             endpoint.slow_start.begin(self._clock.now_s())
+            self._watched.add(endpoint.endpoint_id)
         if is_new:
             endpoint.breaker = self._new_breaker()
         endpoint.last_description, endpoint.is_unreachable = description, False
 
     def _new_breaker(self) -> CircuitBreaker:
-        return CircuitBreaker(self._settings.health.breaker_rules())
+        return CircuitBreaker(self._config.health.breaker_rules())
 
     async def _describe(self, endpoint: Endpoint, timeout_s: float) -> NodeDescription:
         description = await self._client.describe(endpoint.url, timeout_s=timeout_s)
@@ -237,32 +315,9 @@ class EndpointPool:
                 f"{endpoint.url} is node {description.endpoint_id!r}, "
                 f"the router's configuration calls it {endpoint.endpoint_id!r}"
             )
-        if description.model != self._model:
+        if description.model != self._config.model:
             raise NodeUnavailable(
                 f"node {endpoint.endpoint_id} serves {description.model!r}, "
-                f"the router serves {self._model!r}"
+                f"the router serves {self._config.model!r}"
             )
         return description
-
-
-def _max_sequence_tokens(capabilities: EngineCapabilities) -> int:
-    # The last token is delivered but never computed, so it needs no KV.
-    num_kv_tokens = capabilities.num_device_blocks * capabilities.block_size_tokens + 1
-    return min(capabilities.max_model_len, num_kv_tokens)
-
-
-def _has_room(endpoint: Endpoint, description: NodeDescription, now_s: float) -> bool:
-    capacity = description.capabilities.max_num_seqs
-    limit = endpoint.slow_start.max_requests(now_s, capacity=capacity)
-    return limit is None or len(endpoint.dispatches) < limit
-
-
-def _view(endpoint: Endpoint, description: NodeDescription, snapshot: NodeSnapshot) -> EndpointView:
-    unseen = [d for d in endpoint.dispatches if d.sent_at_s >= endpoint.asked_at_s]
-    return EndpointView(
-        endpoint_id=endpoint.endpoint_id,
-        num_queued_prompt_tokens=snapshot.load.num_queued_prompt_tokens
-        + sum(d.num_prompt_tokens for d in unseen if not d.has_first_token),
-        num_decoding=snapshot.load.num_decoding + sum(d.has_first_token for d in unseen),
-        max_sequence_tokens=_max_sequence_tokens(description.capabilities),
-    )

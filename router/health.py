@@ -43,6 +43,11 @@ class CircuitBreaker:
         self._open_until_s: float | None = None
         self._probe: object | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """False if the breaker is closed."""
+        return self._open_until_s is not None
+
     def obstacle(self, now_s: float) -> str | None:
         """Return why no request may be sent now; None if one may."""
         if self._open_until_s is None:
@@ -107,12 +112,16 @@ class SlowStart:
         """The node has come back."""
         self._begun_s = now_s
 
+    def is_running(self, now_s: float) -> bool:
+        """Return whether the node came back so lately that it is not to have everything yet."""
+        return self._begun_s is not None and now_s - self._begun_s < self._duration_s
+
     def max_requests(self, now_s: float, *, capacity: int) -> int | None:
         """Return how many requests the node should have at most; None: as many as come.
 
         It grows evenly from a tenth of `capacity`, the requests in one step of the node.
         """
-        if self._begun_s is None or now_s - self._begun_s >= self._duration_s:
+        if self._begun_s is None or not self.is_running(now_s):
             return None
         share = max(self.LEAST_SHARE, (now_s - self._begun_s) / self._duration_s)
         return max(1, int(share * capacity))

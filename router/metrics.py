@@ -139,6 +139,14 @@ class RouterMetrics:
             ("endpoint_id",),
             registry=registry,
         )
+        self._first_tokens_predicted = Counter(
+            "proserve_router_first_tokens_predicted_total",
+            "First tokens of sequences sent to a node, by what the routing policy expected and by "
+            "what came: in_time or late.",
+            ("predicted", "actual"),
+            registry=registry,
+        )
+        self.first_tokens_predicted = cache(self._first_tokens_predicted.labels)
         self._declare_client_metrics()
         self.of_class = cache(lambda name: ClassMetrics(self, name))
         self.of_client = cache(lambda name: ClientMetrics(self, name))

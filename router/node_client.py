@@ -34,6 +34,7 @@ be late on a busy machine."""
 
 _encoder = msgspec.json.Encoder()
 _event_decoder = msgspec.json.Decoder(TokenEvent)
+_snapshot_decoder = msgspec.json.Decoder(NodeSnapshot)
 _error_decoder = msgspec.json.Decoder(ErrorBody)
 
 
@@ -73,6 +74,21 @@ class NodeClient:
             NodeUnavailable: there is no usable answer within `timeout_s`.
         """
         return await self._get(f"{url}/v1/snapshot", NodeSnapshot, timeout_s)
+
+    async def snapshots(self, url: str, *, timeout_s: float) -> AsyncGenerator[NodeSnapshot]:
+        """Yield the load of the node at `url` whenever it changes, until the node ends it.
+
+        Raises:
+            NodeUnavailable: the node has no such stream, or is silent for `timeout_s`.
+        """
+        with _as_node_unavailable(url):
+            async with self._http.stream(
+                "GET", f"{url}/v1/snapshots", timeout=timeout_s
+            ) as response:
+                if response.status_code != httpx.codes.OK:
+                    raise NodeUnavailable(_explain(url, response.status_code, b""))
+                async for line in response.aiter_lines():
+                    yield _snapshot_decoder.decode(line)
 
     async def generate(
         self, url: str, request: GenerateRequest

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable
 from typing import Protocol
 
-from orchestrator.core.latency import BatchLatencyModel, BatchShape
-from orchestrator.wire import NodeDescription
-from router.policy import EndpointView, RoutingRequest
+import numpy as np
+
+from router.fleet import Flags, Fleet, Floats
+from router.policy import RoutingRequest
 
 
 class Outlook(Protocol):
@@ -26,51 +25,37 @@ class Outlook(Protocol):
         ...
 
 
-class ProfileOutlook:
-    """Predicts by the latency profile that each node's engine was built with.
+class FleetOutlook:
+    """Predicts by what the fleet knows of each node's queue and latencies.
 
     As in the gain estimate of GoRouting (ProServe, equations 29 and 30 of the specification), a
     request earns something where its first token is due after all prompts that wait there, and
-    its own, are computed. It is an optimistic estimate: the lengths of the waiting prompts are
-    not known, so the part of their cost that grows with the square of the length is left out.
+    its own, are computed. Unlike a policy, which ranks nodes, this turns requests away, so it is
+    optimistic: all that waits is taken to fit into one step.
     """
 
-    def __init__(
-        self,
-        views: Callable[[float], Sequence[EndpointView]],
-        description_of: Callable[[str], NodeDescription],
-    ) -> None:
-        """`views` gives the nodes that may be used at a time, `description_of` what one is."""
-        self._views = views
-        self._description_of = description_of
-        self._model_of = cache(BatchLatencyModel)
+    def __init__(self, fleet: Fleet, offer: Callable[[float, int], Flags]) -> None:
+        """`offer` gives the rows of `fleet` that may be used at a time for so many tokens."""
+        self._fleet = fleet
+        self._offer = offer
 
     def can_gain(self, request: RoutingRequest, now_s: float) -> bool:
         """Return whether the first token can come in time on any node that is large enough."""
-        large_enough = [
-            view for view in self._views(now_s) if view.max_sequence_tokens >= request.max_size
-        ]
-        left_s = request.arrival_s + request.slo.ttft_s - now_s
-        return not large_enough or any(
-            self._first_token_s(view, request.num_prompt_tokens) < left_s for view in large_enough
-        )
+        offered = self._offer(now_s, request.max_size)
+        own_s = self._fleet.prefill_s(request.num_prompt_tokens)
+        first_token_s = self._queue_s(now_s) + own_s + self._fleet.figures.step_s
+        is_in_time = first_token_s < request.due_s - now_s
+        return not offered.any() or bool(is_in_time[offered].any())
 
     def drain_s(self, now_s: float) -> float:
         """Return the seconds until the first node has no prompts left to compute."""
-        return min((self._first_token_s(view, 0) for view in self._views(now_s)), default=0.0)
-
-    def _first_token_s(self, view: EndpointView, num_prompt_tokens: int) -> float:
-        """Return when a new prompt is computed if it goes behind all that wait at a node."""
-        description = self._description_of(view.endpoint_id)
-        num_tokens = view.num_queued_prompt_tokens + num_prompt_tokens
-        num_steps = math.ceil(num_tokens / description.capabilities.max_num_batched_tokens)
-        if num_steps == 0:
+        offered = self._offer(now_s, 0)
+        if not offered.any():
             return 0.0
-        model = self._model_of(description.latency_profile)
-        work = BatchShape(
-            num_prefills=1,
-            prefill_tokens=num_tokens,
-            prefill_tokens_squared=num_prompt_tokens**2,
-            num_decodes=num_steps * view.num_decoding,
-        )
-        return model.predict_s(work) + (num_steps - 1) * model.step_constant_s(has_prefill=True)
+        queue_s = self._queue_s(now_s)
+        drain_s = np.where(queue_s > 0, queue_s + self._fleet.figures.step_s, 0.0)
+        return float(drain_s[offered].min())
+
+    def _queue_s(self, now_s: float) -> Floats:
+        """Return the work that waits at each node."""
+        return np.maximum(self._fleet.work_left_s(now_s)[:, -1], 0.0)

@@ -1,12 +1,15 @@
-"""Chooses the node for a request. Pure: no clock, no I/O; the same inputs give the same answer."""
+"""What a rule that chooses the node for a request is asked and what it answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from orchestrator.core.slo import Slo
+
+if TYPE_CHECKING:
+    from router.fleet import Flags, Fleet
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,32 +17,31 @@ class RoutingRequest:
     """What a policy may know of a request."""
 
     request_id: str
-    num_prompt_tokens: int
+    prompt_token_ids: Sequence[int]
     max_tokens: int
+    priority_class: str
     weight: float
     slo: Slo
     arrival_s: float
     """On the clock of `pick`'s `now_s`."""
+
+    cache_salt: str = ""
+    """Only requests with the same one share KV."""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt_token_ids)
 
     @property
     def max_size(self) -> int:
         """Prompt and output tokens at most."""
         return self.num_prompt_tokens + self.max_tokens
 
-
-@dataclass(frozen=True, slots=True)
-class EndpointView:
-    """One node's load: its last snapshot, and what this router sent there since."""
-
-    endpoint_id: str
-    num_queued_prompt_tokens: int
-    """Prompt tokens not yet computed."""
-
-    num_decoding: int
-    """Requests that have produced output."""
-
-    max_sequence_tokens: int
-    """Prompt and output tokens of one sequence, at most."""
+    @property
+    def due_s(self) -> float:
+        """When the first token is due, on the clock of `arrival_s`."""
+        return self.arrival_s + self.slo.ttft_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,39 +52,29 @@ class RoutingDecision:
     """None: nowhere now."""
 
     expected_gain: float | None
-    """Gain that the policy expects there; None if it does not estimate any."""
+    """Gain that the policy expects there, in weights of first tokens, what others lose already
+    taken off; None if it does not estimate any."""
 
     reason: str
     """For logs."""
 
+    is_satisfiable: bool | None = None
+    """Whether the policy expects the first token there in time; None if it does not estimate."""
+
+
+NO_NODE = RoutingDecision(None, None, "no node on offer")
+
 
 class RoutingPolicy(Protocol):
-    """A rule that picks one of the nodes on offer."""
+    """A rule that picks one of the nodes on offer. Touches no clock and no socket: the same calls
+    in the same order get the same answers."""
 
     def pick(
-        self, request: RoutingRequest, endpoints: Sequence[EndpointView], now_s: float
+        self, request: RoutingRequest, fleet: Fleet, offered: Flags, now_s: float
     ) -> RoutingDecision:
         """Return the node for `request`.
 
-        `endpoints` holds only nodes that may be used now and are large enough for the request;
-        it may be empty.
+        `offered` marks the rows of `fleet` that may be used now and are large enough for the
+        request; no other is picked. It may mark none.
         """
         ...
-
-
-class LeastLoadPolicy:
-    """Fewest outstanding prompt tokens plus decoding requests; ties go to the smallest id.
-
-    Source: Min-Load of the specification's section 6.2, for nodes that do both.
-    """
-
-    def pick(
-        self, request: RoutingRequest, endpoints: Sequence[EndpointView], now_s: float
-    ) -> RoutingDecision:
-        """Return the least loaded node."""
-        if not endpoints:
-            return RoutingDecision(None, None, "no node on offer")
-        load, endpoint_id = min(
-            (e.num_queued_prompt_tokens + e.num_decoding, e.endpoint_id) for e in endpoints
-        )
-        return RoutingDecision(endpoint_id, None, f"least load: {load}")

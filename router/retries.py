@@ -84,7 +84,7 @@ class SequenceProgress:
         due_s = token_deadline_s(routing.slo, num_tokens, arrival_s=0.0)
         return replace(
             routing,
-            num_prompt_tokens=routing.num_prompt_tokens + num_tokens,
+            prompt_token_ids=(*routing.prompt_token_ids, *self._token_ids),
             max_tokens=routing.max_tokens - num_tokens,
             slo=Slo(ttft_s=due_s, tpot_s=routing.slo.tpot_s),
         )

@@ -119,11 +119,13 @@ class GenerationPlan:
         sequence = self.sequences[index]
         return RoutingRequest(
             request_id=request_id,
-            num_prompt_tokens=len(sequence.prompt.token_ids),
+            prompt_token_ids=sequence.prompt.token_ids,
             max_tokens=sequence.sampling.max_tokens,
+            priority_class=self.node_class.name,
             weight=self.node_class.weight,
             slo=self.node_slo,
             arrival_s=self.arrival_s,
+            cache_salt=self.cache_salt,
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator.core.batch_scheduler import BatchScheduler
 from orchestrator.core.kv_transfer import CopyProfile
 from orchestrator.core.latency import BatchLatencyModel, LatencyProfile
-from orchestrator.core.ports import EngineCapabilities, SchedulerOutput, StepOutput
+from orchestrator.core.ports import EngineCapabilities, QueueSummary, SchedulerOutput, StepOutput
 from orchestrator.core.request import Request, RequestSpec, SamplingParams
 from orchestrator.core.slide_batching import SlideBatchingOptions, SlideBatchingScheduler
 from orchestrator.core.slo import Slo
@@ -30,6 +30,29 @@ def make_profile(
         decode_token_s=decode_token_s,
         mixed_step_s=step_constant_s,
         decode_step_s=step_constant_s,
+    )
+
+
+def make_queue_summary(
+    *prefills: tuple[float | None, float, float],
+    profile: LatencyProfile | None = None,
+    decode_context_tokens: int = 0,
+    decode_weight: float = 0.0,
+    min_decode_tpot_s: float | None = None,
+    latency_budget_s: float | None = None,
+) -> QueueSummary:
+    """Each prefill is (due in seconds, weight, seconds of work)."""
+    return QueueSummary(
+        due_in_s=tuple(due_in_s for due_in_s, _, _ in prefills),
+        weight=tuple(weight for _, weight, _ in prefills),
+        work_s=tuple(work_s for _, _, work_s in prefills),
+        num_prefills=(1,) * len(prefills),
+        decode_context_tokens=decode_context_tokens,
+        decode_weight=decode_weight,
+        min_decode_tpot_s=min_decode_tpot_s,
+        max_weight=max((weight for _, weight, _ in prefills), default=0.0),
+        latency_budget_s=latency_budget_s,
+        latency_profile=profile or make_profile(),
     )
 
 

@@ -45,8 +45,9 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "orchestrator.simulation",
         "engines.simulated",
         "engines.host_link",
+        "router.fleet",
         "router.policy",
-        "router.gorouting",
+        "router.routing_config",
     ),
     "orchestrator.command_line": (
         "orchestrator.core",
@@ -393,7 +394,7 @@ def test_a_forbidden_import_is_found(module: str, source: str) -> None:
         ("router.app", "from orchestrator import wire\nfrom orchestrator.yaml_config import M"),
         ("build_scripts.convert", "import torch, tensorrt_llm, engines.manifest"),
         ("orchestrator.simulation.replay", "from engines.simulated import SimulatedEngine"),
-        ("orchestrator.simulation.replay", "from router import gorouting, policy"),
+        ("orchestrator.simulation.replay", "from router import fleet, policy, routing_config"),
         ("orchestrator.command_line.main", "import engines, router.app, build_scripts.convert"),
     ],
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -22,9 +23,11 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request as VllmRequest
 from vllm.v1.structured_output import StructuredOutputManager
 
+from orchestrator.core.latency import LatencyProfile
 from orchestrator.core.latency_correction import StepErrors
 from orchestrator.core.ports import (
     EngineCapabilities,
+    QueueSummary,
     RequestEvent,
     ScheduledRequest,
     ScheduleReasons,
@@ -45,6 +48,9 @@ _MODEL = {
     "num_key_value_heads": 1,
     "vocab_size": 32,
 }
+
+_UNPRICED = LatencyProfile(0.0, 0.0, math.ulp(0.0), 0.0, 0.0, 0.0, 0.0, 0.0)
+"""As good as nothing: a profile may not price prompts at 0."""
 
 
 class VllmScheduler:
@@ -161,6 +167,28 @@ class VllmScheduler:
             ),
             num_free_device_blocks=round((1 - usage) * num_blocks),
             num_device_blocks=num_blocks,
+        )
+
+    def queue_summary(self, now_s: float) -> QueueSummary:
+        """Return what vLLM's requests are due and weigh; it prices no work and has no budget."""
+        prefills = sorted(
+            (r.arrival_s + r.spec.slo.ttft_s - now_s, r.spec.weight)
+            for r in self._requests.values()
+            if not r.is_decoding
+        )
+        decodes = [r for r in self._requests.values() if r.is_decoding]
+        tpot_s = min((r.spec.slo.tpot_s for r in decodes), default=math.inf)
+        return QueueSummary(
+            due_in_s=tuple(due_s if math.isfinite(due_s) else None for due_s, _ in prefills),
+            weight=tuple(weight for _, weight in prefills),
+            work_s=(0.0,) * len(prefills),
+            num_prefills=(1,) * len(prefills),
+            decode_context_tokens=sum(r.num_computed_tokens for r in decodes),
+            decode_weight=sum(r.spec.weight for r in decodes),
+            min_decode_tpot_s=tpot_s if math.isfinite(tpot_s) else None,
+            max_weight=max((r.spec.weight for r in self._requests.values()), default=0.0),
+            latency_budget_s=None,
+            latency_profile=_UNPRICED,
         )
 
     def step_errors(self) -> tuple[StepErrors, ...]:

@@ -23,12 +23,14 @@ from orchestrator.core.latency import BatchLatencyModel, BatchShape
 from orchestrator.core.latency_correction import StepErrors
 from orchestrator.core.ports import (
     EngineCapabilities,
+    QueueSummary,
     RequestEvent,
     ScheduleReasons,
     SchedulerLoad,
     SchedulerOutput,
     StepOutput,
 )
+from orchestrator.core.queue_summary import scheduler_load, summarise
 from orchestrator.core.ranking import Ranking, RankOrder
 from orchestrator.core.request import FinishReason, Request, RequestStatus
 from orchestrator.core.request_table import Flags, Floats, RequestTable
@@ -57,6 +59,7 @@ class BatchScheduler(ABC):
         self._kv_planner = self._make_kv_planner(RECOMPUTE, None)
         self._finished_ids: list[str] = []
         self._next_step_id = 0
+        self._budget_s = math.inf
 
     @final
     def use_kv_options(self, options: KVCacheOptions, copies: CopyProfile | None) -> None:
@@ -137,6 +140,7 @@ class BatchScheduler(ABC):
         if not self.has_requests:
             return self._plan(None, ScheduleReasons())
         ranking = self._rank(now_s)
+        self._budget_s = ranking.rules.budget_s
         step = StepBuilder(self._model, self._capabilities, ranking.rules)
         order = RankOrder(self._table, ranking.group, ranking.key)
         kv = self._kv_planner
@@ -225,18 +229,12 @@ class BatchScheduler(ABC):
     @final
     def load(self) -> SchedulerLoad:
         """Return what is queued and running now."""
-        table = self._table
-        is_prefill = table.num_output_tokens == 0
-        num_running = int(np.count_nonzero(table.num_blocks))
-        return SchedulerLoad(
-            num_waiting=len(table) - num_running,
-            num_running=num_running,
-            num_decoding=len(table) - int(np.count_nonzero(is_prefill)),
-            num_queued_prompt_tokens=int(table.num_uncomputed_tokens[is_prefill].sum()),
-            num_free_device_blocks=self._kv.num_free_device_blocks,
-            num_device_blocks=self._kv.num_device_blocks,
-            kv_blocks=self._kv.counts(),
-        )
+        return scheduler_load(self._table, self._kv)
+
+    @final
+    def queue_summary(self, now_s: float) -> QueueSummary:
+        """Return what one more request would meet. See `core.ports.Scheduler`."""
+        return summarise(self._table, self._model, now_s, latency_budget_s=self._budget_s)
 
     @final
     def step_errors(self) -> tuple[StepErrors, ...]:

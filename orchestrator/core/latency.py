@@ -133,6 +133,12 @@ class LatencyProfile:
                 "would cost nothing; profile the engine again"
             )
 
+    def prefill_s(self, num_new_tokens: int, num_cached_tokens: int) -> float:
+        """Return the marginal cost of a prefill piece (equation 10), without the constant."""
+        q, k = num_new_tokens, num_cached_tokens
+        quadratic_s = self.prefill_quadratic_s * q + self.prefill_context_s * k
+        return q * (quadratic_s + self.prefill_token_s) + self.prefill_cached_s * k
+
     def to_dict(self) -> dict[str, float]:
         """Return the coefficients by name, as stored in a manifest."""
         return asdict(self)
@@ -257,6 +263,19 @@ class BatchLatencyModel:
         if values is not None:
             self._replace_coefficients(LatencyProfile(*values))
         self._apply_factors()
+
+    def corrected_profile(self) -> LatencyProfile:
+        """Return the coefficients as predictions use them now, factors included."""
+        return LatencyProfile(
+            prefill_quadratic_s=self._a_p,
+            prefill_context_s=self._b_p,
+            prefill_token_s=self._c_p,
+            prefill_cached_s=self._d_p,
+            decode_context_s=self._a_d,
+            decode_token_s=self._b_d,
+            mixed_step_s=self._mixed_step_s,
+            decode_step_s=self._decode_step_s,
+        )
 
     def errors(self) -> tuple[StepErrors, ...]:
         """Return the recent errors of each batch class that was observed."""

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from orchestrator.core.kv_state import KVBlockCounts
 from orchestrator.core.kv_transfer import KVTransfer
-from orchestrator.core.latency import BatchShape
+from orchestrator.core.latency import BatchShape, LatencyProfile
 from orchestrator.core.latency_correction import StepErrors
 from orchestrator.core.request import FinishReason, Request, RequestSpec
 
@@ -245,6 +245,47 @@ class SchedulerLoad:
     """Blocks by what they are doing."""
 
 
+@dataclass(frozen=True, slots=True)
+class QueueSummary:
+    """What one more request would meet at a scheduler, for routers.
+
+    The first four columns are about prefills: requests without output, and those that lost their
+    KV or had it on another node, in the order of their deadlines. Each entry stands for one of
+    them, or for neighbours where they are many.
+    """
+
+    due_in_s: tuple[float | None, ...]
+    """Until the first deadline of the entry, ascending; negative if overdue. Those without a
+    deadline come last and have None."""
+
+    weight: tuple[float, ...]
+    """Gain of the next tokens of the entry."""
+
+    work_s: tuple[float, ...]
+    """Predicted cost of what comes before those tokens, without the constants of steps."""
+
+    num_prefills: tuple[int, ...]
+    """Requests that the entry stands for."""
+
+    decode_context_tokens: int
+    """Cached tokens, over all other requests."""
+
+    decode_weight: float
+    """Gain of one token of every one of them."""
+
+    min_decode_tpot_s: float | None
+    """Their tightest TPOT objective; None if they have none."""
+
+    max_weight: float
+    """Of a live request; 0 if there is none."""
+
+    latency_budget_s: float | None
+    """`B` of equation (19) in the last step; None if there was none or it had no such budget."""
+
+    latency_profile: LatencyProfile
+    """As corrected by what steps really take."""
+
+
 class Scheduler(Protocol):
     """Decides the content of every step. Pure: time comes in as an argument.
 
@@ -276,6 +317,10 @@ class Scheduler(Protocol):
 
     def load(self) -> SchedulerLoad:
         """Return what is queued and running now."""
+        ...
+
+    def queue_summary(self, now_s: float) -> QueueSummary:
+        """Return what one more request would meet now; dearer than `load`."""
         ...
 
     def step_errors(self) -> tuple[StepErrors, ...]:

@@ -144,6 +144,15 @@ class Request:
         self.all_token_ids = [*self.spec.prompt_token_ids, *self.output_token_ids]
 
     @classmethod
+    def received(
+        cls, spec: RequestSpec, resume_from: ResumePoint | None, *, arrival_s: float
+    ) -> Self:
+        """Return a request that is new, or goes on from where another node has brought it."""
+        if resume_from is None:
+            return cls(spec, arrival_s=arrival_s)
+        return cls.resumed(spec, resume_from, arrival_s=arrival_s)
+
+    @classmethod
     def resumed(cls, spec: RequestSpec, point: ResumePoint, *, arrival_s: float) -> Self:
         """Return a request that goes on from `point`: decoding, with all KV to be computed."""
         return cls(

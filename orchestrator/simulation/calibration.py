@@ -58,7 +58,7 @@ def calibrate(config: SimulationConfig, trace_config: TraceConfig) -> Calibratio
     trace, num_capped = load_part(config, trace_config, seed=0)
     saturated_rate = _saturated_rate(config, trace_config, trace)
     slo = _slo(config, trace_config, trace, saturated_rate)
-    saturated_rate *= config.num_nodes
+    saturated_rate *= config.relative_speed
     knee_rate = None
     if config.rates.unit == "knee":
         knee_rate = _knee_rate(config, trace_config, slo, saturated_rate)
@@ -69,7 +69,7 @@ def _saturated_rate(config: SimulationConfig, trace_config: TraceConfig, trace: 
     """Return the requests per second of one node when all arrive at once."""
     at_once = replace(trace, arrival_s=np.zeros(len(trace)))
     workload = _without_promises(config, trace_config, at_once)
-    outcome = replay_workload(config, config.reference, workload, num_nodes=1, seed=0)
+    outcome = replay_workload(config, config.reference, workload, engines=[config.engine], seed=0)
     return len(workload) / outcome.end_s
 
 
@@ -83,7 +83,9 @@ def _slo(
             prompt_tokens = int(np.percentile(trace.num_input_tokens, 90))
             ttft_s = rule.ttft_prefills * _isolated_prefill_s(config, prompt_tokens)
             workload = _without_promises(config, trace_config, at_rate(trace, saturated_rate / 2))
-            outcome = replay_workload(config, config.reference, workload, num_nodes=1, seed=0)
+            outcome = replay_workload(
+                config, config.reference, workload, engines=[config.engine], seed=0
+            )
             gaps = GainTable(outcome.records).report().tbt_s
             assert gaps is not None, "some request has two tokens"
             return Slo(
@@ -134,7 +136,7 @@ def _knee_rate(
             steady, trace_config, slo=slo, requests_per_s=requests_per_s, seed=seed
         )
         outcome = replay_workload(
-            config, config.reference, workload, num_nodes=config.num_nodes, seed=seed
+            config, config.reference, workload, engines=config.engines(), seed=seed
         )
         report = GainTable(outcome.records).report(counted_window(config, workload))
         return report.slo_attainment

@@ -11,22 +11,18 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from engines.simulated import SimulatedEngine
 from orchestrator.core.errors import RequestRejected
 from orchestrator.core.gain import Outcome, RequestRecord
 from orchestrator.core.kv_transfer import TransferDirection
-from orchestrator.core.ports import (
-    EngineCapabilities,
-    Scheduler,
-    SchedulerLoad,
-    SchedulerOutput,
-    StepOutput,
-)
+from orchestrator.core.ports import Scheduler, SchedulerOutput, StepOutput
 from orchestrator.simulation.workload import Workload, request_id
-from router.policy import EndpointView, RoutingPolicy, RoutingRequest
+from router.fleet import Dispatch, DrainOptions, EndpointSnapshot, Fleet
+from router.policy import RoutingPolicy, RoutingRequest
 
 TIMELINE_BIN_S = 1.0
 """Resolution of the timeline."""
@@ -36,8 +32,11 @@ TIMELINE_BIN_S = 1.0
 class ReplayOptions:
     """What surrounds the nodes."""
 
-    poll_interval_s: float = 0.25
-    """Between two looks of the router at the nodes; a live router's default."""
+    snapshot_interval_s: float = 0.1
+    """Between two snapshots of a node; a live node streams them about as often."""
+
+    drain: DrainOptions = DrainOptions()
+    """How the router estimates loads."""
 
     max_drain_s: float = math.inf
     """After the last arrival; requests that have not ended by then are unfinished."""
@@ -97,6 +96,9 @@ class Replay:
     busy_fraction: float
     """Share of the nodes' time from 0 to `end_s` in which a step ran."""
 
+    predictions: dict[tuple[bool, bool], int]
+    """(the router expected the first token in time, it came in time) -> such requests."""
+
     timeline: dict[int, TimelineBin]
     """Index of the bin (its start divided by TIMELINE_BIN_S) -> what happened in it."""
 
@@ -112,34 +114,8 @@ class Node:
     """None while idle."""
 
     output: StepOutput | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Endpoint:
-    """What the router knows of a node: its last snapshot, and what was sent there since."""
-
-    node: Node
-    max_sequence_tokens: int
-    view: EndpointView = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.look()
-
-    def look(self) -> None:
-        load: SchedulerLoad = self.node.scheduler.load()
-        self._see(load.num_queued_prompt_tokens, load.num_decoding)
-
-    def add_dispatch(self, num_prompt_tokens: int) -> None:
-        view = self.view
-        self._see(view.num_queued_prompt_tokens + num_prompt_tokens, view.num_decoding)
-
-    def _see(self, num_queued_prompt_tokens: int, num_decoding: int) -> None:
-        self.view = EndpointView(
-            endpoint_id=self.node.endpoint_id,
-            num_queued_prompt_tokens=num_queued_prompt_tokens,
-            num_decoding=num_decoding,
-            max_sequence_tokens=self.max_sequence_tokens,
-        )
+    step_began_s: float = 0.0
+    """When the step began that it is in."""
 
 
 def replay(
@@ -172,9 +148,10 @@ class _Cluster:
     ) -> None:
         self._workload = workload
         self._nodes = nodes
-        self._endpoints = [
-            _Endpoint(node, _max_sequence_tokens(node.engine.capabilities)) for node in nodes
-        ]
+        self._fleet = Fleet((node.endpoint_id for node in nodes), options.drain)
+        self._dispatches: dict[int, Dispatch] = {}
+        """By the number of the request."""
+
         self._index_of = {node.endpoint_id: index for index, node in enumerate(nodes)}
         self._policy = policy
         self._options = options
@@ -187,6 +164,7 @@ class _Cluster:
         self._timeline: dict[int, TimelineBin] = {}
         self._num_preemptions = 0
         self._copies = CopyTotals()
+        self._predictions: Counter[tuple[bool, bool]] = Counter()
         self._end_s = 0.0
 
     def run(self) -> None:
@@ -194,24 +172,27 @@ class _Cluster:
         num_arrived = 0
         num_requests = len(self._arrivals_s)
         last_s = self._arrivals_s[-1] + self._options.max_drain_s
-        next_poll_s = self._options.poll_interval_s
+        next_look_s = self._options.snapshot_interval_s
+        for node in self._nodes:
+            self._fleet.allow(node.endpoint_id, until_s=math.inf)
+            self._look(node, 0.0)
         while num_arrived < num_requests or self._step_ends:
             arrival_s = self._arrivals_s[num_arrived] if num_arrived < num_requests else math.inf
             step_end_s = self._step_ends[0][0] if self._step_ends else math.inf
             # Nobody is routed after the last arrival, so nobody needs to look.
-            poll_s = next_poll_s if num_arrived < num_requests else math.inf
-            if arrival_s <= step_end_s and arrival_s <= poll_s:
+            look_s = next_look_s if num_arrived < num_requests else math.inf
+            if arrival_s <= step_end_s and arrival_s <= look_s:
                 self._arrive(num_arrived, arrival_s)
                 num_arrived += 1
-            elif step_end_s <= poll_s:
+            elif step_end_s <= look_s:
                 if step_end_s > last_s:
                     break
                 _, index = heapq.heappop(self._step_ends)
                 self._end_step(index, step_end_s)
             else:
-                for endpoint in self._endpoints:
-                    endpoint.look()
-                next_poll_s += self._options.poll_interval_s
+                for node in self._nodes:
+                    self._look(node, look_s)
+                next_look_s += self._options.snapshot_interval_s
 
     def result(self) -> Replay:
         """Return what has happened so far."""
@@ -225,30 +206,40 @@ class _Cluster:
             num_preemptions=self._num_preemptions,
             num_computed_tokens=sum(engine.num_computed_tokens for engine in engines),
             copies=self._copies,
+            predictions=dict(self._predictions),
             busy_fraction=min(1.0, busy_s / node_s) if node_s > 0 else 0.0,
             timeline=self._timeline,
         )
 
+    def _look(self, node: Node, now_s: float) -> None:
+        """Let the router have a snapshot: what the scheduler said when the node's last step ended,
+        and what has arrived since."""
+        taken_at_s = now_s if node.plan is None else node.step_began_s
+        snapshot = EndpointSnapshot(
+            instance_id=node.endpoint_id,
+            capabilities=node.engine.capabilities,
+            load=node.scheduler.load(),
+            queue=node.scheduler.queue_summary(taken_at_s),
+            taken_at_s=taken_at_s,
+            complete_until_s=math.nextafter(now_s, math.inf),  # with what was sent at `now_s`
+        )
+        self._fleet.see(node.endpoint_id, snapshot)
+
     def _arrive(self, index: int, now_s: float) -> None:
         request = self._workload.request(index)
         spec = request.spec
-        num_prompt_tokens, max_tokens = request.num_prompt_tokens, spec.sampling.max_tokens
-        decision = self._policy.pick(
-            RoutingRequest(
-                request_id=spec.request_id,
-                num_prompt_tokens=num_prompt_tokens,
-                max_tokens=max_tokens,
-                weight=spec.weight,
-                slo=spec.slo,
-                arrival_s=now_s,
-            ),
-            [
-                e.view
-                for e in self._endpoints
-                if num_prompt_tokens + max_tokens <= e.max_sequence_tokens
-            ],
-            now_s,
+        routing = RoutingRequest(
+            request_id=spec.request_id,
+            prompt_token_ids=spec.prompt_token_ids,
+            max_tokens=spec.sampling.max_tokens,
+            priority_class=spec.priority_class,
+            weight=spec.weight,
+            slo=spec.slo,
+            arrival_s=now_s,
+            cache_salt=spec.cache_salt,
         )
+        offered = self._fleet.offer(now_s, routing.max_size)
+        decision = self._policy.pick(routing, self._fleet, offered, now_s)
         if decision.endpoint_id is None:
             self._outcomes[index] = Outcome.REJECTED
             return
@@ -259,7 +250,10 @@ class _Cluster:
         except RequestRejected:
             self._outcomes[index] = Outcome.REJECTED
             return
-        self._endpoints[node_index].add_dispatch(num_prompt_tokens)
+        dispatch = self._fleet.begin_dispatch(
+            node.endpoint_id, routing, now_s, is_satisfiable=decision.is_satisfiable
+        )
+        self._dispatches[index] = dispatch
         if node.plan is None:
             self._begin_step(node_index, now_s)
 
@@ -267,7 +261,7 @@ class _Cluster:
         node = self._nodes[index]
         plan = node.scheduler.schedule(now_s)
         output = node.engine.step(plan)
-        node.plan, node.output = plan, output
+        node.plan, node.output, node.step_began_s = plan, output, now_s
         heapq.heappush(self._step_ends, (now_s + output.step_s, index))
         self._num_preemptions += len(plan.preempted_ids)
         self._copies.add(plan, output)
@@ -289,16 +283,24 @@ class _Cluster:
         events = node.scheduler.update_from_output(node.plan, node.output, now_s)
         for event in events:
             request_index = int(event.request_id)
+            times_s = self._token_times_s[request_index]
             if event.new_token_ids:
-                times_s = self._token_times_s[request_index]
+                if not times_s:
+                    self._note_first_token(self._dispatches[request_index], now_s)
                 times_s.extend([now_s] * len(event.new_token_ids))
             if event.finish_reason is not None:
+                self._fleet.end_dispatch(self._dispatches.pop(request_index))
                 self._outcomes[request_index] = self._outcome(request_index, event.error)
         self._end_s = now_s
         if node.scheduler.has_requests:
             self._begin_step(index, now_s)
         else:
             node.plan = node.output = None
+
+    def _note_first_token(self, dispatch: Dispatch, now_s: float) -> None:
+        self._fleet.note_first_token(dispatch)
+        if dispatch.is_satisfiable is not None:
+            self._predictions[dispatch.is_satisfiable, now_s < dispatch.request.due_s] += 1
 
     def _outcome(self, index: int, error: str | None) -> Outcome:
         assert error is not None or (
@@ -319,9 +321,3 @@ class _Cluster:
             token_times_s=self._token_times_s[index],
             outcome=self._outcomes[index],
         )
-
-
-def _max_sequence_tokens(capabilities: EngineCapabilities) -> int:
-    # As the live router counts: the last token is delivered but never computed.
-    num_kv_tokens = capabilities.num_device_blocks * capabilities.block_size_tokens + 1
-    return min(capabilities.max_model_len, num_kv_tokens)

@@ -10,22 +10,18 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
 )
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from engines.simulated import StepTimeError
-from orchestrator.core.kv_options import KVCacheOptions
-from orchestrator.core.kv_transfer import CopyProfile
-from orchestrator.core.latency import LatencyProfile
-from orchestrator.core.ports import EngineCapabilities
 from orchestrator.core.slo import GainWeights, PriorityClass, Slo
-from orchestrator.scheduler_config import DeadlineSection, SarathiSection, SlideBatchingSection
+from orchestrator.simulation.engine_config import EngineConfig, NodeGroupConfig
+from orchestrator.simulation.policy_config import PolicyConfig, RouterConfig, TokenBudgetPolicy
 from orchestrator.simulation.trace import Burst
 from orchestrator.simulation.workload import ClassShare, PrioritiesPer
+from router.routing_config import RoutingConfig
 
 Fraction = Annotated[float, Field(ge=0, lt=0.5)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,61}$")]
@@ -35,89 +31,20 @@ _STRICT_DATACLASS = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 @pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
-class ProfileSection(LatencyProfile):
-    """The eight coefficients of a step's duration; see `LatencyProfile`."""
-
-
-@pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
-class CopyProfileSection(CopyProfile):
-    """How long copies of KV blocks take; see `CopyProfile`."""
-
-
-@pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
-class KVPolicySection(KVCacheOptions):
-    """What becomes of the KV of preempted requests. The prompts of a trace have lengths but no
-    content, so no two of them begin alike."""
-
-    prefix_caching: Literal[False] = False
-    """Always off."""
-
-
-@pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
-class StepTimeErrorSection(StepTimeError):
-    """How the engine differs from its profile; see `StepTimeError`."""
-
-
-@pydantic_dataclass(config=_STRICT_DATACLASS, frozen=True)
 class BurstSection(Burst):
     """A stretch of time with more requests; see `Burst`."""
 
 
-class EngineConfig(BaseModel):
-    """The simulated engine of every node."""
+class SharedPrefixConfig(BaseModel):
+    """Beginnings that prompts have in common, such as system prompts."""
 
     model_config = _STRICT
 
-    profile: ProfileSection
-    """What schedulers believe a step costs."""
+    num_prefixes: PositiveInt
+    """Different beginnings; one is drawn for each request."""
 
-    error: StepTimeErrorSection = StepTimeErrorSection()
-    """How the engine's true durations differ; the seed of a run is added to its `seed`."""
-
-    block_size_tokens: PositiveInt = 16
-    """Tokens in one KV block."""
-
-    num_device_blocks: PositiveInt
-    """KV blocks in device memory."""
-
-    num_host_blocks: NonNegativeInt = 0
-    """KV blocks in host memory; 0 for no offload."""
-
-    num_layer_groups: PositiveInt = 4
-    """Parts in which reloaded blocks arrive, each in time for its layers."""
-
-    copies: CopyProfileSection | None = None
-    """How long copies between the two take; needed with host blocks."""
-
-    max_num_batched_tokens: PositiveInt = 2048
-    """New tokens in one step, over all requests."""
-
-    max_num_seqs: PositiveInt = 256
-    """Requests in one step."""
-
-    max_model_len: PositiveInt
-    """Prompt and output tokens of one request."""
-
-    def capabilities(self) -> EngineCapabilities:
-        """Return the limits as schedulers see them."""
-        return EngineCapabilities(
-            block_size_tokens=self.block_size_tokens,
-            num_device_blocks=self.num_device_blocks,
-            num_host_blocks=self.num_host_blocks,
-            num_layer_groups=self.num_layer_groups,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            max_num_seqs=self.max_num_seqs,
-            max_model_len=self.max_model_len,
-        )
-
-    @model_validator(mode="after")
-    def _check_copies(self) -> Self:
-        if self.num_host_blocks and self.copies is None:
-            raise ValueError(
-                f"num_host_blocks is {self.num_host_blocks:,}, so copies are made; say in "
-                "`copies` how long they take"
-            )
-        return self
+    num_tokens: PositiveInt
+    """Length of each; a shorter prompt has it but for the end. Lengths of prompts do not change."""
 
 
 class TraceConfig(BaseModel):
@@ -132,85 +59,16 @@ class TraceConfig(BaseModel):
     """Consecutive requests in one run, beginning where the seed says; by default all."""
 
     max_output_tokens: PositiveInt
-    """Longer outputs are cut; every client asks for this many tokens, if its prompt leaves room."""
+    """Longer outputs are cut; every client asks for this many tokens, if its prompt leaves room.
+    With 1 the nodes are those of a prefill pool: a request ends with its first token."""
+
+    shared_prefix: SharedPrefixConfig | None = None
+    """Beginnings that prompts share; by default no two prompts begin alike."""
 
     @property
     def name(self) -> str:
         """Return the file's name without its endings."""
         return self.file.name.removesuffix(".gz").removesuffix(".csv")
-
-
-class _Policy(BaseModel):
-    model_config = _STRICT
-
-    kv_cache: KVPolicySection = KVPolicySection()
-    """What becomes of the KV of preempted requests, where the engine has host blocks."""
-
-
-class SlideBatchingPolicy(_Policy):
-    """SlideBatching under test."""
-
-    scheduler: Literal["slide-batching"]
-    """Which scheduler decides."""
-
-    options: SlideBatchingSection = SlideBatchingSection()
-    """Its parameters."""
-
-
-class TimeBudgetPolicy(_Policy):
-    """Another scheduler with a time budget under test."""
-
-    scheduler: Literal[
-        "fair-batching",
-        "edf",
-        "sjf",
-        "density",
-        "decode-first-edf",
-        "decode-first-density",
-        "urgency-priority",
-    ]
-    """Which scheduler decides."""
-
-    options: DeadlineSection = DeadlineSection()
-    """Its parameters."""
-
-
-class TokenBudgetPolicy(_Policy):
-    """A scheduler with a token budget under test."""
-
-    scheduler: Literal["sarathi-fcfs", "sarathi-priority", "weighted-vtc", "strict-priority"]
-    """Which scheduler decides."""
-
-    options: SarathiSection = SarathiSection()
-    """Its parameters."""
-
-
-class PlainPolicy(_Policy):
-    """A scheduler without parameters under test."""
-
-    scheduler: Literal["fcfs", "vllm-fcfs"]
-    """Which scheduler decides."""
-
-    options: None = None
-    """It has none."""
-
-
-PolicyConfig = Annotated[
-    SlideBatchingPolicy | TimeBudgetPolicy | TokenBudgetPolicy | PlainPolicy,
-    Field(discriminator="scheduler"),
-]
-
-
-class RouterConfig(BaseModel):
-    """How requests find their node."""
-
-    model_config = _STRICT
-
-    policy: Literal["least-load"] = "least-load"
-    """The rule that picks the node."""
-
-    poll_interval_s: PositiveFloat = 0.25
-    """Between two looks at the nodes' load; in between only dispatches are known."""
 
 
 class FixedSlo(BaseModel):
@@ -372,8 +230,11 @@ class SimulationConfig(BaseModel):
     engine: EngineConfig
     """The engine of every node."""
 
-    num_nodes: PositiveInt = 1
-    """Nodes behind the router."""
+    num_nodes: PositiveInt | None = None
+    """Nodes behind the router, all alike; by default 1."""
+
+    nodes: Annotated[tuple[NodeGroupConfig, ...], Field(min_length=1)] | None = None
+    """Nodes that are not alike, in place of `num_nodes`."""
 
     router: RouterConfig = RouterConfig()
     """How requests find their node."""
@@ -407,6 +268,53 @@ class SimulationConfig(BaseModel):
 
     plan: PlanConfig | None = None
     """What `proserve plan` looks for."""
+
+    def engines(self) -> list[EngineConfig]:
+        """Return the engine of each node."""
+        groups = self.nodes or (NodeGroupConfig(count=self.num_nodes or 1),)
+        return [engine for g in groups for engine in [g.engine(self.engine)] * g.count]
+
+    @property
+    def relative_speed(self) -> float:
+        """How fast the nodes are together, in times of one with `engine`."""
+        groups = self.nodes or (NodeGroupConfig(count=self.num_nodes or 1),)
+        return sum(group.count / group.slowdown for group in groups)
+
+    @property
+    def class_weights(self) -> dict[str, float]:
+        """Return the weight of each service class."""
+        return {c.name: c.weight for c in self.priorities.classes}
+
+    def routing_of(self, policy: PolicyConfig) -> RoutingConfig:
+        """Return how requests find their node under a policy."""
+        return policy.routing or self.router
+
+    @model_validator(mode="after")
+    def _check_nodes(self) -> Self:
+        if self.nodes is not None:
+            for name, is_set in (
+                ("num_nodes", self.num_nodes is not None),
+                ("plan", self.plan is not None),
+                ("metrics.has_upper_bound", self.metrics.has_upper_bound),
+            ):
+                if is_set:
+                    raise ValueError(
+                        f"{name} is for nodes that are all alike; with `nodes`, "
+                        "which need not be, leave it out or set it to false"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _check_policies(self) -> Self:
+        has_content = all(trace.shared_prefix is not None for trace in self.traces)
+        for name, policy in {**self.policies, "reference": self.reference}.items():
+            self.routing_of(policy).make_policy(self.class_weights)  # or says what does not fit
+            if policy.kv_cache.prefix_caching and not has_content:
+                raise ValueError(
+                    f"policy {name} has prefix_caching, but not every trace a shared_prefix: "
+                    "their prompts have no content that could be alike"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_room(self) -> Self:

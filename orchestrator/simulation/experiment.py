@@ -114,7 +114,7 @@ def _bound(scene: _Scene) -> Bound:
         requests_per_s=scene.requests_per_s,
         seed=scene.seed,
     )
-    bound = upper_bound_of(config, workload, num_nodes=config.num_nodes)
+    bound = upper_bound_of(config, workload)
     return Bound(trace.name, scene.rate, scene.seed, bound.tdg_ratio)
 
 
@@ -129,6 +129,6 @@ def _run(task: tuple[_Scene, str]) -> Run:
         seed=scene.seed,
     )
     policy = config.policies[policy_name]
-    outcome = replay_workload(config, policy, workload, num_nodes=config.num_nodes, seed=scene.seed)
+    outcome = replay_workload(config, policy, workload, engines=config.engines(), seed=scene.seed)
     figures = figures_of(config, workload, outcome)
     return Run(trace.name, policy_name, scene.rate, scene.requests_per_s, scene.seed, figures)

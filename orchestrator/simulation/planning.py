@@ -92,12 +92,13 @@ def _worst_class(task: _PlanTask, num_nodes: int) -> float:
     config, trace, slo, policy = task
     assert config.plan is not None
     values: dict[str, list[float]] = {}
+    engines = [config.engine] * num_nodes
     for seed in range(config.num_seeds):
         workload = make_seeded_workload(
             config, trace, slo=slo, requests_per_s=config.plan.requests_per_s, seed=seed
         )
         outcome = replay_workload(
-            config, config.policies[policy], workload, num_nodes=num_nodes, seed=seed
+            config, config.policies[policy], workload, engines=engines, seed=seed
         )
         for name, report in figures_of(config, workload, outcome).by_class.items():
             values.setdefault(name, []).append(getattr(report, config.plan.metric))

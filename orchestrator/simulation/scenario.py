@@ -23,12 +23,9 @@ from orchestrator.simulation.cluster import (
     TimelineBin,
     replay,
 )
-from orchestrator.simulation.config import (
-    PolicyConfig,
-    RouterConfig,
-    SimulationConfig,
-    TraceConfig,
-)
+from orchestrator.simulation.config import SimulationConfig, TraceConfig
+from orchestrator.simulation.engine_config import EngineConfig
+from orchestrator.simulation.policy_config import PolicyConfig
 from orchestrator.simulation.trace import (
     Trace,
     at_rate,
@@ -38,8 +35,9 @@ from orchestrator.simulation.trace import (
     with_bursts,
 )
 from orchestrator.simulation.upper_bound import UpperBound, gain_upper_bound
-from orchestrator.simulation.workload import Workload, make_workload
-from router.policy import LeastLoadPolicy, RoutingPolicy
+from orchestrator.simulation.workload import SharedPrefix, Workload, make_workload
+
+_TIMELINESS = {True: "in_time", False: "late"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +66,10 @@ class RunFigures:
     num_preemptions: int
     num_computed_tokens: int
     copies: CopyTotals
+    predictions: dict[str, int]
+    """What the router expected of first tokens and what came, `in_time/late` for example ->
+    requests that got one; empty if the router does not estimate."""
+
     busy_fraction: float
     timeline: tuple[TimelinePoint, ...]
 
@@ -96,7 +98,7 @@ def make_seeded_workload(
 ) -> Workload:
     """Return the requests of one run; the same for every policy."""
     trace, _ = load_part(config, trace_config, seed)
-    return make_workload(
+    workload = make_workload(
         with_bursts(at_rate(trace, requests_per_s), config.bursts),
         config.priorities.shares(slo),
         per=config.priorities.per,
@@ -104,6 +106,11 @@ def make_seeded_workload(
         max_output_tokens=trace_config.max_output_tokens,
         random=np.random.default_rng([seed, 1]),
     )
+    shared = trace_config.shared_prefix
+    if shared is None:
+        return workload
+    drawn = np.random.default_rng([seed, 2]).integers(shared.num_prefixes, size=len(workload))
+    return replace(workload, shared_prefix=SharedPrefix(drawn, shared.num_tokens))
 
 
 def replay_workload(
@@ -111,49 +118,43 @@ def replay_workload(
     policy: PolicyConfig,
     workload: Workload,
     *,
-    num_nodes: int,
+    engines: Sequence[EngineConfig],
     seed: int,
 ) -> Replay:
-    """Run a workload on new nodes under a policy."""
-    capabilities = config.engine.capabilities()
+    """Run a workload under a policy on new nodes, one for each of `engines`."""
     output_lengths = workload.output_lengths()
-    error, copies = config.engine.error, config.engine.copies
     max_drain_s = config.metrics.max_drain_s
+    routing = config.routing_of(policy)
 
     def make_node(index: int) -> Node:
-        model = BatchLatencyModel(config.engine.profile)
+        engine = engines[index]
+        capabilities, model = engine.capabilities(), BatchLatencyModel(engine.profile)
         scheduler = make_scheduler(policy.scheduler, policy.options, capabilities, model)
-        scheduler.use_kv_options(policy.kv_cache, copies)
+        scheduler.use_kv_options(policy.kv_cache, engine.copies)
         return Node(
             endpoint_id=f"node-{index:03d}",
             scheduler=scheduler,
             engine=SimulatedEngine(
                 capabilities,
-                BatchLatencyModel(config.engine.profile),
+                BatchLatencyModel(engine.profile),
                 output_lengths=output_lengths,
                 # Every node of every run draws its own noise, the same under every policy.
-                error=replace(error, seed=error.seed + 1000 * seed + index),
-                link=None if copies is None else HostLink(copies),
+                error=replace(engine.error, seed=engine.error.seed + 1000 * seed + index),
+                link=None if engine.copies is None else HostLink(engine.copies),
             ),
         )
 
     return replay(
         workload,
         make_node,
-        num_nodes=num_nodes,
-        policy=make_routing_policy(config.router),
+        num_nodes=len(engines),
+        policy=routing.make_policy(config.class_weights),
         options=ReplayOptions(
-            poll_interval_s=config.router.poll_interval_s,
+            snapshot_interval_s=config.router.snapshot_interval_s,
+            drain=routing.estimates,
             max_drain_s=math.inf if max_drain_s is None else max_drain_s,
         ),
     )
-
-
-def make_routing_policy(config: RouterConfig) -> RoutingPolicy:
-    """Return the routing policy that the configuration names."""
-    match config.policy:
-        case "least-load":
-            return LeastLoadPolicy()
 
 
 def counted_window(config: SimulationConfig, workload: Workload) -> MeasurementWindow:
@@ -179,13 +180,17 @@ def figures_of(config: SimulationConfig, workload: Workload, outcome: Replay) ->
         num_preemptions=outcome.num_preemptions,
         num_computed_tokens=outcome.num_computed_tokens,
         copies=outcome.copies,
+        predictions={
+            f"{_TIMELINESS[predicted]}/{_TIMELINESS[actual]}": count
+            for (predicted, actual), count in sorted(outcome.predictions.items())
+        },
         busy_fraction=outcome.busy_fraction,
         timeline=_timeline_points(sorted(outcome.timeline.items())),
     )
 
 
-def upper_bound_of(config: SimulationConfig, workload: Workload, *, num_nodes: int) -> UpperBound:
-    """Return what no policy can exceed on the counted requests of a workload."""
+def upper_bound_of(config: SimulationConfig, workload: Workload) -> UpperBound:
+    """Return what no policy can exceed on the counted requests of a workload; nodes are alike."""
     window = counted_window(config, workload)
     arrival_s = workload.trace.arrival_s
     profile = config.engine.profile
@@ -195,7 +200,7 @@ def upper_bound_of(config: SimulationConfig, workload: Workload, *, num_nodes: i
         # What the engine truly takes.
         type(profile)(**{name: value * bias for name, value in profile.to_dict().items()}),
         config.engine.capabilities(),
-        num_nodes=num_nodes,
+        num_nodes=len(config.engines()),
         is_counted=(window.start_s <= arrival_s) & (arrival_s <= window.end_s),
         gain_weights=config.metrics.gain_weights,
     )

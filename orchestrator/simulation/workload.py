@@ -35,6 +35,25 @@ class ClassShare:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class SharedPrefix:
+    """Beginnings that prompts have in common."""
+
+    index: NDArray[np.int64]
+    """Which beginning each request has, (num_requests,)."""
+
+    num_tokens: int
+    """Of each beginning."""
+
+    def prompt(self, request_index: int, num_tokens: int) -> tuple[int, ...]:
+        """Return a request's prompt: its beginning, a token of its own, and text."""
+        num_shared = min(self.num_tokens, num_tokens - 1)
+        # Ids of beginnings are below 0, no text has them.
+        beginning = (-1 - int(self.index[request_index]),) * num_shared
+        own = STOP_TOKEN_ID + TEXT_TOKEN_ID + 1 + request_index
+        return (*beginning, own, *(TEXT_TOKEN_ID,) * (num_tokens - num_shared - 1))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Workload:
     """Requests in order of arrival. Output lengths are the simulation's secret: schedulers and
     routers see `max_tokens`."""
@@ -47,6 +66,9 @@ class Workload:
     class_index: NDArray[np.int64]
     """Into `classes`, (num_requests,)."""
 
+    shared_prefix: SharedPrefix | None = None
+    """None: prompts have no content, only lengths."""
+
     def __len__(self) -> int:
         return len(self.trace)
 
@@ -57,10 +79,14 @@ class Workload:
     def request(self, index: int) -> Request:
         """Return request `index` as a node receives it, with a prompt of its length."""
         priority_class = self.class_of(index)
+        num_tokens = int(self.trace.num_input_tokens[index])
+        prompt = (TEXT_TOKEN_ID,) * num_tokens
+        if self.shared_prefix is not None:
+            prompt = self.shared_prefix.prompt(index, num_tokens)
         return Request(
             RequestSpec(
                 request_id=request_id(index),
-                prompt_token_ids=(TEXT_TOKEN_ID,) * int(self.trace.num_input_tokens[index]),
+                prompt_token_ids=prompt,
                 sampling=SamplingParams(
                     max_tokens=int(self.max_tokens[index]),
                     seed=index,

@@ -17,6 +17,9 @@ def test_error_quantiles_are_exported_for_each_batch_class() -> None:
             num_free_device_blocks=9,
             num_device_blocks=10,
         ),
+        taken_at_s=0.0,
+        num_added=1,
+        queue=None,
     )
     metrics = NodeMetrics()
 

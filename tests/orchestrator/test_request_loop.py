@@ -20,7 +20,8 @@ from orchestrator.core.ports import (
 from orchestrator.core.request import FinishReason, RequestSpec, ResumePoint, SamplingParams
 from orchestrator.executor import MAX_CONSECUTIVE_FAILURES
 from orchestrator.request_loop import RequestLoop
-from tests.factories import make_capabilities, make_request
+from tests.factories import make_capabilities, make_profile, make_request
+from tests.router.clocks import ManualClock
 
 
 class WrittenEngine:
@@ -68,6 +69,8 @@ class Recorder:
         self.reports: list[tuple[EngineIteration, SchedulerLoad]] = []
         self.loop = RequestLoop(
             self.engine,
+            latency_profile=make_profile(),
+            clock=ManualClock(),
             emit=self.events.extend,
             report=lambda iteration, load: self.reports.append((iteration, load)),
         )
@@ -253,6 +256,27 @@ def test_the_load_counts_what_waits_and_what_decodes() -> None:
     assert (load.num_free_device_blocks, load.num_device_blocks) == (40, 100)
     assert (load.kv_blocks.device_free, load.kv_blocks.device_used) == (40, 60)
     assert recorder.loop.load() == load
+
+
+def test_the_queue_is_priced_by_the_profile_until_the_first_token() -> None:
+    """Of 10, 4 and 2 + 3 tokens at 1 ms, the 4 have been computed and a token made of them. The
+    fourth token of `resumed` is due 1 + 3 * 0.1 s after it arrived, 1.2 s from now."""
+    recorder = Recorder()
+    recorder.add("new")
+    begun = make_request("begun", num_prompt_tokens=4, weight=2.0, tpot_s=0.1)
+    resumed = make_request("resumed", prompt_token_ids=[1, 2], ttft_s=1.0, tpot_s=0.1)
+    recorder.loop.add(begun.spec, arrival_s=0.0)
+    point = ResumePoint(output_token_ids=(3, 4, 5), ttft_s=0.1)
+    recorder.loop.add(resumed.spec, arrival_s=0.0, resume_from=point)
+    recorder.tell(tokens("begun", 5))
+
+    queue = recorder.loop.queue_summary(now_s=0.1)
+
+    assert sorted(queue.work_s) == pytest.approx([0.005, 0.010])
+    assert 1.2 in [pytest.approx(due) for due in queue.due_in_s if due is not None]
+    assert queue.num_prefills == (1, 1)
+    assert (queue.decode_context_tokens, queue.decode_weight) == (5, 2.0)
+    assert (queue.min_decode_tpot_s, queue.max_weight) == (0.1, 2.0)
 
 
 def test_an_idle_engine_is_empty_whatever_its_last_step_said() -> None:

@@ -21,7 +21,7 @@ from orchestrator.wire import (
     NodeSnapshot,
     TokenEvent,
 )
-from tests.factories import make_capabilities, make_profile
+from tests.factories import make_capabilities, make_profile, make_queue_summary
 from tests.router.servers import DEADLINE_S, RunningServer
 
 
@@ -118,6 +118,13 @@ class FakeNode:
         self.aborted_ids: list[str] = []
         """Requests whose caller left before the end."""
 
+        self.snapshot_lines: asyncio.Queue[bytes | None] | None = None
+        """What is sent on its stream of snapshots, up to None, which ends it; a node without a
+        queue has no such stream."""
+
+        self.num_streams = 0
+        """Streams of snapshots that were begun."""
+
         self.num_polls = 0
         self.num_beats = 0
         """Signs of life during stalls."""
@@ -155,12 +162,28 @@ class FakeNode:
             case "/v1/node":
                 await _answer(send, 200, self._description())
             case "/v1/snapshot":
-                await _answer(send, 200, self._snapshot())
+                self._note(self._count_poll)
+                await _answer(send, 200, self.snapshot())
+            case "/v1/snapshots" if self.snapshot_lines is not None:
+                await self._stream_snapshots(self.snapshot_lines, send)
             case "/v1/generate":
                 self.generate_connections.add(scope["client"])
                 await self._generate(receive, send)
             case path:
                 await _answer(send, 404, ErrorBody(f"unknown path {path}"))
+
+    def tell(self, line: bytes | None) -> None:
+        """Send a line on the stream of snapshots, or end it."""
+        assert self._loop is not None
+        assert self.snapshot_lines is not None
+        self._loop.call_soon_threadsafe(self.snapshot_lines.put_nowait, line)
+
+    async def _stream_snapshots(self, lines: asyncio.Queue[bytes | None], send: Send) -> None:
+        self._note(self._count_stream)
+        await send(_start(200, b"application/x-ndjson"))
+        while (line := await lines.get()) is not None:
+            await send({"type": "http.response.body", "body": line, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _generate(self, receive: Receive, send: Send) -> None:
         body = b""
@@ -231,8 +254,8 @@ class FakeNode:
             manifest_sha256="0" * 64,
         )
 
-    def _snapshot(self) -> NodeSnapshot:
-        self._note(self._count_poll)
+    def snapshot(self) -> NodeSnapshot:
+        """Return what the node says it holds."""
         return NodeSnapshot(
             endpoint_id=self.endpoint_id,
             instance_id=self.instance_id,
@@ -245,8 +268,18 @@ class FakeNode:
                 num_free_device_blocks=self.num_device_blocks,
                 num_device_blocks=self.num_device_blocks,
             ),
+            queue=make_queue_summary(*self._queued_prompt()),
+            age_s=0.0,
             is_draining=self.is_draining,
         )
+
+    def _queued_prompt(self) -> list[tuple[None, float, float]]:
+        """Return all that is queued as one prompt without a deadline."""
+        num_tokens = self.num_queued_prompt_tokens
+        return [(None, 1.0, make_profile().prefill_s(num_tokens, 0))] if num_tokens else []
+
+    def _count_stream(self) -> None:
+        self.num_streams += 1
 
     def _count_poll(self) -> None:
         self.num_polls += 1

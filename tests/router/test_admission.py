@@ -191,8 +191,8 @@ def test_a_client_leaves_places_to_the_others_of_its_class(
 # --- requests that can earn nothing ------------------------------------------------------------
 
 QUEUED_TOKENS = 100_000
-DRAIN_S = 100_000 * 0.001 + 13 * 0.010
-"""At 1 ms a token, in 13 steps of at most 8,192 tokens that take 10 ms each besides."""
+DRAIN_S = 100_000 * 0.001 + 0.010
+"""At 1 ms a token, and 10 ms of a step besides."""
 
 
 @contextlib.contextmanager

@@ -23,8 +23,9 @@ def progress(
     """A sequence that arrived at 100 s; its last token is due after 1 + 10 x 0.1 s, at 102."""
     routing = RoutingRequest(
         request_id="r",
-        num_prompt_tokens=40,
+        prompt_token_ids=tuple(range(40)),
         max_tokens=max_tokens,
+        priority_class="normal",
         weight=2.0,
         slo=slo,
         arrival_s=100.0,
@@ -71,7 +72,8 @@ def test_a_policy_sees_a_longer_prompt_and_the_deadlines_that_there_always_were(
 
     routing = sequence.routing
 
-    assert (routing.num_prompt_tokens, routing.max_tokens) == (43, 8)
+    assert routing.prompt_token_ids == (*range(40), 7, 8, 9)
+    assert routing.max_tokens == 8
     assert routing.slo.ttft_s == pytest.approx(1.3)
     assert (routing.slo.tpot_s, routing.arrival_s) == (0.1, 100.0)
 

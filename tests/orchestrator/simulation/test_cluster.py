@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +10,9 @@ from orchestrator.core.gain import GainTable, Outcome
 from orchestrator.core.scheduler_factory import SchedulerName
 from orchestrator.simulation.cluster import Replay, ReplayOptions, replay
 from orchestrator.simulation.workload import Workload
-from router.policy import EndpointView, LeastLoadPolicy, RoutingDecision, RoutingRequest
+from router.baselines import LeastLoadPolicy
+from router.fleet import Flags, Fleet
+from router.policy import RoutingDecision, RoutingRequest
 from tests.factories import make_capabilities
 from tests.orchestrator.simulation.workloads import make_node, make_trace, make_workload_of
 
@@ -119,27 +120,27 @@ def test_a_request_too_large_for_every_node_is_rejected_and_counted() -> None:
 class RecordingPolicy:
     """Sends everything to the first node and remembers what it was shown."""
 
-    seen: list[tuple[EndpointView, ...]] = field(default_factory=list)
+    num_queued_tokens: list[list[float]] = field(default_factory=list)
 
     def pick(
-        self, request: RoutingRequest, endpoints: Sequence[EndpointView], now_s: float
+        self, request: RoutingRequest, fleet: Fleet, offered: Flags, now_s: float
     ) -> RoutingDecision:
-        self.seen.append(tuple(endpoints))
+        self.num_queued_tokens.append(fleet.figures.num_queued_tokens.tolist())
         return RoutingDecision("node-0", None, "always the first")
 
 
-def test_the_router_knows_dispatches_at_once_and_progress_at_the_next_poll() -> None:
-    """Prompts of 10 at 0.00 and 0.02: the second sees the first as queued, as at its dispatch.
+def test_the_router_knows_dispatches_at_once_and_progress_at_the_next_snapshot() -> None:
+    """Prompts of 10 at 0.000 and 0.015: the second sees the first as queued, as at its dispatch.
 
-    By the poll at 0.25 the first two have all three tokens; the one at 0.3 sees nothing queued.
+    The first has its token at 0.020. By the snapshot at 0.1 both have all three; the one at 0.15
+    sees nothing queued.
     """
-    workload = make_workload_of(make_trace([0.0, 0.02, 0.3]))
+    workload = make_workload_of(make_trace([0.0, 0.015, 0.15]))
     policy = RecordingPolicy()
 
     replay(workload, lambda i: make_node(workload, f"node-{i}"), num_nodes=2, policy=policy)
 
-    queued = [[view.num_queued_prompt_tokens for view in views] for views in policy.seen]
-    assert queued == [[0, 0], [10, 0], [0, 0]]
+    assert policy.num_queued_tokens == [[0, 0], [10, 0], [0, 0]]
 
 
 def test_the_timeline_shows_more_urgent_requests_in_overload() -> None:

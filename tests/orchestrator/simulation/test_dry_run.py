@@ -13,7 +13,7 @@ from orchestrator.core.scheduler_factory import SchedulerName, make_scheduler
 from orchestrator.executor import ExecutorLoop
 from orchestrator.simulation.cluster import Node, replay
 from orchestrator.simulation.workload import Workload
-from router.policy import LeastLoadPolicy
+from router.baselines import LeastLoadPolicy
 from tests.factories import make_capabilities, make_profile
 from tests.orchestrator.simulation.test_cluster import random_workload
 

@@ -9,9 +9,10 @@ import pytest
 from orchestrator.core.errors import ConfigError
 from orchestrator.core.slide_batching import SlideBatchingOptions
 from orchestrator.core.slo import DeadlineAnchor
-from orchestrator.simulation.config import SimulationConfig, SlideBatchingPolicy
+from orchestrator.simulation.config import SimulationConfig
 from orchestrator.simulation.experiment import quick_version, run_simulation
 from orchestrator.simulation.planning import plan_nodes
+from orchestrator.simulation.policy_config import SlideBatchingPolicy
 from orchestrator.simulation.results import Estimate
 from orchestrator.yaml_config import load_yaml_model, validate_model
 

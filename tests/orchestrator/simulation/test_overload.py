@@ -10,7 +10,7 @@ from orchestrator.core.latency import BatchLatencyModel
 from orchestrator.core.slide_batching import SlideBatchingOptions, SlideBatchingScheduler
 from orchestrator.simulation.cluster import Node, Replay, replay
 from orchestrator.simulation.workload import Workload
-from router.policy import LeastLoadPolicy
+from router.baselines import LeastLoadPolicy
 from tests.factories import make_capabilities, make_profile
 from tests.orchestrator.simulation.workloads import make_trace, make_workload_of
 

@@ -17,7 +17,7 @@ from orchestrator.core.slo import PriorityClass, Slo
 from orchestrator.simulation.cluster import replay
 from orchestrator.simulation.upper_bound import gain_upper_bound
 from orchestrator.simulation.workload import Workload
-from router.policy import LeastLoadPolicy
+from router.baselines import LeastLoadPolicy
 from tests.factories import make_capabilities, make_profile
 from tests.orchestrator.simulation.workloads import make_node, make_trace, make_workload_of
 
