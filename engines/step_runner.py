@@ -20,7 +20,9 @@ from orchestrator.core.ports import (
     SchedulerOutput,
     StepOutput,
 )
-from orchestrator.sampling import InvalidLogits, SampledToken, Sampler
+from orchestrator.grammars import GrammarCompiler
+from orchestrator.logit_adjustment import SamplingFailed
+from orchestrator.sampling import SampledToken, Sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,19 +83,20 @@ class StepRunner:
         *,
         vocab_size: int,
         compute: Compute,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         """`compute` makes the model's kernels wait for onboarded blocks, unless the plan waits
-        for transfers."""
+        for transfers. `grammars` is for an engine whose capabilities have no grammar obstacle."""
         self._limits, self._copies = capabilities, copies
         self._vocab_size, self._compute_logits = vocab_size, compute
-        self._sampler = Sampler(vocab_size)
+        self._sampler = Sampler(vocab_size, grammars)
 
     def run(self, plan: SchedulerOutput) -> StepOutput:
         """Copy and compute one step; see `core.ports.Engine`.
 
-        A request with a token outside of the vocabulary, or whose logits are not numbers, fails
-        alone: it is in `failed`. Any other fault ends the whole step; the next one that does not
-        fail then tells what became of its copies.
+        A request with a token outside of the vocabulary, whose logits are not numbers or whose
+        grammar cannot be followed fails alone: it is in `failed`. Any other fault ends the whole
+        step; the next one that does not fail then tells what became of its copies.
 
         Raises:
             EngineStepError: names every request of the step.
@@ -136,10 +139,14 @@ class StepRunner:
 
     def _foreign_tokens(self, parts: Sequence[ScheduledRequest]) -> dict[str, str]:
         """Return a message for each request with a token that the model does not know."""
+        known = range(self._vocab_size)
+        message = f"the request holds token ids outside of [0, {self._vocab_size})"
         return {
-            part.request_id: f"the request holds token ids outside of [0, {self._vocab_size})"
+            part.request_id: message
             for part in parts
-            if not 0 <= min(part.token_ids) <= max(part.token_ids) < self._vocab_size
+            if min(part.token_ids) not in known
+            or max(part.token_ids) not in known
+            or any(i not in known for i, _ in part.request.spec.sampling.logit_bias)
         }
 
     @torch.inference_mode()
@@ -147,6 +154,7 @@ class StepRunner:
         self, parts: Sequence[ScheduledRequest], failed: dict[str, str]
     ) -> dict[str, SampledToken]:
         """Return the new tokens by request id; add to `failed` who got none."""
+        self._sampler.prepare(part.request for part in parts)
         step = self._compute_logits(parts)
         lost = self._without_blocks(parts)
         rows = [
@@ -166,14 +174,15 @@ class StepRunner:
         """Return new tokens for these rows of the logits; add to `failed` who got none."""
         chosen = step.logits if len(rows) == len(step.sequences) else step.logits[rows]
         requests = [step.sequences[row].request for row in rows]
-        try:
-            tokens = self._sampler.sample(chosen, requests)
-        except InvalidLogits as error:
-            failed.update(dict.fromkeys(error.request_ids, str(error)))
-            good = [i for i, r in enumerate(requests) if r.request_id not in failed]
-            requests = [requests[i] for i in good]
-            tokens = self._sampler.sample(chosen[good], requests)
-        return {r.request_id: token for r, token in zip(requests, tokens, strict=True)}
+        while True:
+            try:
+                tokens = self._sampler.sample(chosen, requests)
+            except SamplingFailed as error:
+                failed.update(error.reasons)
+                good = [i for i, r in enumerate(requests) if r.request_id not in failed]
+                chosen, requests = chosen[good], [requests[i] for i in good]
+            else:
+                return {r.request_id: token for r, token in zip(requests, tokens, strict=True)}
 
     def _without_blocks(self, parts: Sequence[ScheduledRequest]) -> set[str]:
         """Return the requests that read a block whose onboard failed."""

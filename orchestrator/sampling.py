@@ -3,12 +3,13 @@
 Order of the steps, as in vLLM (docstring of `Sampler`, vllm/v1/sample/sampler.py):
 
     1  logprobs are taken from the model's logits, before anything below
-    2  repetition penalty, then frequency and presence penalties
-    3  temperature (0: the most likely token, and the rest is skipped)
-    4  min-p
-    5  top-k
-    6  top-p, of the mass that is left
-    7  draw
+    2  logit bias; tokens that a request's grammar excludes become impossible
+    3  repetition penalty, then frequency and presence penalties
+    4  temperature (0: the most likely token, and the rest is skipped)
+    5  min-p
+    6  top-k
+    7  top-p, of the mass that is left
+    8  draw
 
 A row's token depends on that row alone: not on the other rows of the batch, nor on their
 number. Floating-point sums do not promise that (their order follows the shape of the batch),
@@ -19,7 +20,7 @@ then a smallest weight that stays, and the draw is an inverse CDF over exact sum
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,8 @@ import torch
 
 from orchestrator.core.ports import TokenLogprobs
 from orchestrator.core.request import Request, SamplingParams
+from orchestrator.grammars import GrammarCompiler
+from orchestrator.logit_adjustment import LogitAdjuster, SamplingFailed
 
 # 2**40 keeps all 24 bits of a float32 probability down to 1e-5 of the largest, still tells 1e-12
 # from 0, and leaves room for the sum over 2**22 tokens in 63 bits.
@@ -52,27 +55,33 @@ class SampledToken:
     """None unless the request asked for them."""
 
 
-class InvalidLogits(ValueError):
-    """Rows without a finite largest logit, as after a numeric failure in the model.
-
-    `request_ids` are the requests of these rows; the other rows can be sampled again.
-    """
+class InvalidLogits(SamplingFailed):
+    """Rows without a finite largest logit, as after a numeric failure in the model."""
 
     def __init__(self, request_ids: Sequence[str]) -> None:
-        super().__init__(f"logits are NaN or infinite for request {', '.join(request_ids)}")
-        self.request_ids = tuple(request_ids)
+        message = f"logits are NaN or infinite for request {', '.join(request_ids)}"
+        super().__init__(message, dict.fromkeys(request_ids, message))
 
 
 class Sampler:
     """Draws the next token of each request.
 
-    Keeps nothing but the token counts of requests with penalties, and those can be rebuilt
-    from the request at any time: a request may leave and come back, here or on another node.
+    Keeps nothing but the token counts of requests with penalties and the place of those with a
+    grammar in it, and those can be rebuilt from the request at any time: a request may leave and
+    come back, here or on another node.
     """
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, grammars: GrammarCompiler | None = None) -> None:
+        """Without `grammars`, requests with a grammar fail."""
         self._vocab_size = vocab_size
-        self._token_counts: dict[str, _TokenCounts] = {}
+        self._adjuster = LogitAdjuster(grammars)
+
+    def prepare(self, requests: Iterable[Request]) -> None:
+        """Begin what can be done for the next tokens of these requests before there are logits.
+
+        It goes on beside the model if that is run next; `sample` does without, too.
+        """
+        self._adjuster.prepare(requests)
 
     def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[SampledToken]:
         """Return the next token of each request, in order.
@@ -85,7 +94,8 @@ class Sampler:
         that ties with the last one they keep.
 
         Raises:
-            InvalidLogits: a row's largest logit is NaN or infinite. Nothing was drawn.
+            SamplingFailed: a row's largest logit is NaN or infinite, or its request's grammar
+                cannot be followed. Nothing was drawn.
             ValueError: `logits` has another shape.
         """
         if logits.shape != (len(requests), self._vocab_size):
@@ -94,7 +104,7 @@ class Sampler:
             )
         if not requests:
             return []
-        scores = self._penalized(logits, requests)
+        scores = self._adjuster.adjusted(logits, requests)
         best_ids, best_scores = _most_likely(scores)
         is_finite = torch.isfinite(best_scores).tolist()
         if not all(is_finite):
@@ -117,86 +127,9 @@ class Sampler:
         logprobs = _logprobs(logits, requests, token_ids)
         return [SampledToken(token_id, logprobs.get(row)) for row, token_id in enumerate(token_ids)]
 
-    def forget(self, request_ids: Iterable[str]) -> None:
+    def forget(self, request_ids: Collection[str]) -> None:
         """Drop what is kept of these requests; unknown ids are fine."""
-        for request_id in request_ids:
-            self._token_counts.pop(request_id, None)
-
-    def _penalized(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
-        """Return logits with penalties; `logits` itself if no request has any."""
-        rows = [row for row, r in enumerate(requests) if _has_penalty(r.spec.sampling)]
-        if not rows:
-            return logits
-        counts = [self._caught_up_counts(requests[row]) for row in rows]
-        params = [requests[row].spec.sampling for row in rows]
-        num_seen = [len(each.token_ids) for each in counts]
-
-        def to_device(values: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(values).to(logits.device)
-
-        row_ids = to_device(np.repeat(np.array(rows, dtype=np.int64), num_seen))
-        token_ids = to_device(np.concatenate([each.token_ids for each in counts]))
-        factor = to_device(
-            np.repeat(np.array([p.repetition_penalty for p in params], dtype=np.float32), num_seen)
-        )
-        decrease = to_device(
-            np.concatenate(
-                [
-                    p.frequency_penalty * each.output_counts
-                    + p.presence_penalty * (each.output_counts > 0)
-                    for p, each in zip(params, counts, strict=True)
-                ],
-                dtype=np.float32,
-            )
-        )
-        scores = logits.to(torch.float32, copy=True)
-        seen = scores[row_ids, token_ids]
-        seen = torch.where(seen > 0, seen / factor, seen * factor)
-        scores[row_ids, token_ids] = seen - decrease
-        return scores
-
-    def _caught_up_counts(self, request: Request) -> _TokenCounts:
-        counts = self._token_counts.get(request.request_id)
-        # An id may come back with another Request object: resumed here after a failure.
-        if counts is None or counts.request is not request:
-            counts = self._token_counts[request.request_id] = _TokenCounts(request)
-        counts.catch_up()
-        return counts
-
-
-class _TokenCounts:
-    """The distinct tokens of one request, and how often each was produced.
-
-    The prompt is left out when it does not matter, that is without a repetition penalty.
-    """
-
-    def __init__(self, request: Request) -> None:
-        sampling = request.spec.sampling
-        max_distinct = request.num_prompt_tokens + sampling.max_tokens
-        self.request = request
-        self._position = 0 if sampling.repetition_penalty != 1.0 else request.num_prompt_tokens
-        self._slots: dict[int, int] = {}
-        self._token_ids = np.empty(max_distinct, dtype=np.int64)
-        self._output_counts = np.zeros(max_distinct, dtype=np.float32)
-
-    @property
-    def token_ids(self) -> np.ndarray:  # (num_distinct,)
-        return self._token_ids[: len(self._slots)]
-
-    @property
-    def output_counts(self) -> np.ndarray:  # (num_distinct,), 0 for tokens of the prompt alone
-        return self._output_counts[: len(self._slots)]
-
-    def catch_up(self) -> None:
-        """Count the tokens that came since the last call."""
-        request = self.request
-        num_prompt_tokens = request.num_prompt_tokens
-        for position in range(self._position, request.num_tokens):
-            token_id = request.all_token_ids[position]
-            slot = self._slots.setdefault(token_id, len(self._slots))
-            self._token_ids[slot] = token_id
-            self._output_counts[slot] += position >= num_prompt_tokens
-        self._position = request.num_tokens
+        self._adjuster.forget(request_ids)
 
 
 def uniform(seed: int, index: int) -> float:
@@ -220,14 +153,6 @@ def _mix64(value: int) -> int:
 
 def _is_greedy(sampling: SamplingParams) -> bool:
     return sampling.temperature == 0 or sampling.top_k == 1
-
-
-def _has_penalty(sampling: SamplingParams) -> bool:
-    return (
-        sampling.repetition_penalty != 1.0
-        or sampling.presence_penalty != 0.0
-        or sampling.frequency_penalty != 0.0
-    )
 
 
 def _take_rows(values: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:

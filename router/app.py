@@ -26,6 +26,7 @@ from router.dispatch import Dispatcher
 from router.endpoints import EndpointPool
 from router.errors import (
     ErrorAnswer,
+    Refused,
     error_answer,
     error_headers,
     http_error_answer,
@@ -35,6 +36,7 @@ from router.idempotency import KeptAnswers, request_key
 from router.metrics import CONTENT_TYPE, RouterMetrics
 from router.node_client import NodeClient
 from router.open_requests import OpenRequests
+from router.openapi import openapi_document
 from router.outlook import FleetOutlook
 from router.responses import (
     AnswerFormat,
@@ -43,9 +45,10 @@ from router.responses import (
     Model,
     ModelList,
 )
-from router.schema import ChatCompletionBody, CompletionBody
+from router.schema import ChatCompletionBody, CompletionBody, DetokenizeBody, TokenizeBody
 from router.streaming import AnswerHead, EventStream, WholeAnswer
 from router.terms import ServiceTerms
+from router.tokenization import Tokenization
 from router.tokenizer import Tokenizer
 from router.translation import GenerationPlan, Sender, Translator, model_not_found
 
@@ -86,6 +89,9 @@ class RouterService:
             self.metrics,
         )
         self.translator = Translator(config, tokenizer, self.pool)
+        self.tokenization = Tokenization(
+            tokenizer, model=config.model, max_model_len=self.pool.max_sequence_tokens
+        )
         self._tools = GenerationTools(
             dispatcher=Dispatcher(
                 self.pool,
@@ -167,6 +173,20 @@ class RouterService:
             return EventStream(head, generation, answer_format, plan.stream_options, record)
         return WholeAnswer(head, generation, answer_format, record)
 
+    async def read(self, request: Request) -> bytes:
+        """Return a request's body.
+
+        Raises:
+            RequestRejected: it cannot be read.
+            NodeUnavailable: the router is shutting down.
+        """
+        with self.open_requests.until_shutdown():
+            return await read_body(
+                request,
+                max_bytes=self.config.max_body_bytes,
+                timeout_s=self.config.body_timeout_s,
+            )
+
     async def once(
         self, request: Request, begin: Callable[[bytes, Sender], Awaitable[Response]]
     ) -> Response:
@@ -181,12 +201,7 @@ class RouterService:
         record: RequestRecord = request.state.record
         client = self.take_request(request)
         sender = Sender(client, request.headers, record.arrival_s)
-        with self.open_requests.until_shutdown():
-            content = await read_body(
-                request,
-                max_bytes=self.config.max_body_bytes,
-                timeout_s=self.config.body_timeout_s,
-            )
+        content = await self.read(request)
         key = request_key(request, content, client_name=client.name)
         if key is None:
             return await begin(content, sender)
@@ -224,13 +239,14 @@ def create_app(
         finally:
             await service.stop()
 
-    # Bodies are read and checked here, not by FastAPI, so the schema it would show has none.
+    # Bodies are read and checked here, not by FastAPI, so its own schema would have none.
     app = FastAPI(
         title="ProServe router", lifespan=lifespan, openapi_url=None, redirect_slashes=False
     )
     app.state.end_open_requests = service.open_requests.end_all
     app.add_middleware(AccessLog, clock=service.clock, metrics=service.metrics)
     _add_generation_routes(app, service)
+    _add_tokenizer_routes(app, service)
     _add_information_routes(app, service)
     _add_error_handlers(app)
     return app
@@ -266,6 +282,20 @@ def _add_generation_routes(app: FastAPI, service: RouterService) -> None:
         return await service.once(request, begin)
 
 
+def _add_tokenizer_routes(app: FastAPI, service: RouterService) -> None:
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        service.identify(request)
+        body = parsed_body(await service.read(request), TokenizeBody)
+        return _json(200, await service.tokenization.tokenize(body))
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        service.identify(request)
+        body = parsed_body(await service.read(request), DetokenizeBody)
+        return _json(200, await service.tokenization.detokenize(body))
+
+
 def _add_information_routes(app: FastAPI, service: RouterService) -> None:
     model = Model(service.config.model, service.created_s)
 
@@ -280,6 +310,20 @@ def _add_information_routes(app: FastAPI, service: RouterService) -> None:
         if model_id != model.id:
             raise model_not_found(model_id, served=model.id)
         return _json(200, model)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request) -> Response:
+        service.identify(request)
+        raise Refused(
+            "this server generates text only and makes no embeddings; use /v1/chat/completions or "
+            "/v1/completions, and another server for embeddings",
+            status=404,
+            code="unsupported_route",
+        )
+
+    @app.get("/openapi.json")
+    async def openapi() -> Response:
+        return _json(200, openapi_document())
 
     @app.get("/health")
     async def health() -> Response:

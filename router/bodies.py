@@ -9,9 +9,9 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 from router.errors import Refused, refusal_of, refuse_repeated_keys
-from router.schema import GenerationBody
+from router.schema import Body
 
-BodyT = TypeVar("BodyT", bound=GenerationBody)
+BodyT = TypeVar("BodyT", bound=Body)
 
 
 async def read_body(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:

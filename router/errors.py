@@ -133,6 +133,15 @@ _EXPECTED = {
     "int_parsing_size": "a number of at most 64 bits",
 }
 
+_WORDINGS = {
+    "too_short": "at least {min_length} long",
+    "too_long": "at most {max_length} long",
+    "string_too_short": "at least {min_length} characters long",
+    "string_too_long": "at most {max_length} characters long",
+    "string_pattern_mismatch": "of the form {pattern}",
+    "literal_error": "one of {expected}",
+}
+
 _LIMITS = {
     "greater_than_equal": ("ge", "at least {}"),
     "greater_than": ("gt", "above {}"),
@@ -200,19 +209,9 @@ def _requirement(detail: ErrorDetails, context: Mapping[str, Any]) -> tuple[str,
     if kind in _LIMITS:
         name, wording = _LIMITS[kind]
         return wording.format(context[name]), "invalid_value"
-    match kind:
-        case "too_short":
-            return f"at least {context['min_length']} long", "invalid_value"
-        case "too_long":
-            return f"at most {context['max_length']} long", "invalid_value"
-        case "string_too_short":
-            return f"at least {context['min_length']} characters long", "invalid_value"
-        case "string_too_long":
-            return f"at most {context['max_length']} characters long", "invalid_value"
-        case "literal_error":
-            return f"one of {context['expected']}", "invalid_value"
-        case _:
-            return detail["msg"], "invalid_type" if kind == "wrong_kind" else "invalid_value"
+    if kind in _WORDINGS:
+        return _WORDINGS[kind].format(**context), "invalid_value"
+    return detail["msg"], "invalid_type" if kind == "wrong_kind" else "invalid_value"
 
 
 def _path(location: tuple[int | str, ...]) -> str:
@@ -232,9 +231,9 @@ def _path(location: tuple[int | str, ...]) -> str:
     return path[:128]
 
 
-def cut(text: str) -> str:
+def cut(text: str, limit: int = MAX_SHOWN) -> str:
     """Return a client's words as far as a message repeats them."""
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text):,} characters)"
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
 
 
 def _shown(value: object) -> str:

@@ -6,23 +6,28 @@ model or the configuration (lengths, names of classes) are checked in `translati
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
     Field,
-    PlainValidator,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     Tag,
 )
-from pydantic_core import PydanticCustomError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 MAX_SEED = 2**63 - 1
 MAX_TOP_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
+MAX_LOGIT_BIAS = 100
+MAX_BIASED_TOKENS = 1024
+"""Each of them is copied to the device in every step of its request."""
+
 MIN_OBJECTIVE_MS = 0.001
 """No clock here sees less; far smaller values would be 0 in seconds."""
 
@@ -33,25 +38,49 @@ MAX_REPETITION_PENALTY = 100
 """Logits are multiplied or divided by it, and have to stay finite."""
 
 
-def refused_unless(*harmless: object) -> AfterValidator:
-    """Return a validator that refuses every value but null and the `harmless` ones.
+class RefusedUnless:
+    """Annotates what is refused with every value but null and the `harmless` ones.
 
     Those change nothing about the answer, and clients send them without being asked.
     """
 
-    def check(value: object) -> object:
-        if value is None or any(value == h and type(value) is type(h) for h in harmless):
+    def __init__(self, *harmless: object) -> None:
+        self._harmless = harmless
+
+    def __get_pydantic_core_schema__(
+        self, source: object, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {"enum": [None, *self._harmless], "description": "Other values are refused."}
+
+    def _check(self, value: object) -> object:
+        if value is None or any(value == h and type(value) is type(h) for h in self._harmless):
             return value
         raise PydanticCustomError("unsupported_parameter", "is not supported")
 
-    return AfterValidator(check)
 
+class RefusedKind:
+    """Annotates the branch of a union that takes what none of the others does, and refuses it."""
 
-def _refuse_kind(expected: str) -> PlainValidator:
-    def refuse(_: object) -> object:
-        raise PydanticCustomError("wrong_kind", "{expected}", {"expected": expected})
+    def __init__(self, expected: str) -> None:
+        self._expected = expected
 
-    return PlainValidator(refuse)
+    def __get_pydantic_core_schema__(
+        self, source: object, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._refuse)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {"not": {}}
+
+    def _refuse(self, _: object) -> NoReturn:
+        raise PydanticCustomError("wrong_kind", "{expected}", {"expected": self._expected})
 
 
 def _kind_of_text(value: object) -> str:
@@ -109,18 +138,18 @@ class Message(Body):
     content: Annotated[
         Annotated[str, Tag("<text>")]
         | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("<list>")]
-        | Annotated[Any, _refuse_kind("a string or an array of text parts"), Tag("<other>")],
+        | Annotated[Any, RefusedKind("a string or an array of text parts"), Tag("<other>")],
         Discriminator(_kind_of_text),
     ]
     """Text, or parts of text that are joined without anything in between."""
 
-    name: Annotated[Any, refused_unless()] = None
-    refusal: Annotated[Any, refused_unless()] = None
-    audio: Annotated[Any, refused_unless()] = None
-    annotations: Annotated[Any, refused_unless([])] = None
-    function_call: Annotated[Any, refused_unless()] = None
-    tool_calls: Annotated[Any, refused_unless([])] = None
-    tool_call_id: Annotated[Any, refused_unless()] = None
+    name: Annotated[Any, RefusedUnless()] = None
+    refusal: Annotated[Any, RefusedUnless()] = None
+    audio: Annotated[Any, RefusedUnless()] = None
+    annotations: Annotated[Any, RefusedUnless([])] = None
+    function_call: Annotated[Any, RefusedUnless()] = None
+    tool_calls: Annotated[Any, RefusedUnless([])] = None
+    tool_call_id: Annotated[Any, RefusedUnless()] = None
 
     @property
     def text(self) -> str:
@@ -131,6 +160,9 @@ class Message(Body):
 
 
 ObjectiveMs = Annotated[float, Field(ge=MIN_OBJECTIVE_MS, le=MAX_OBJECTIVE_MS)]
+
+
+Bias = Annotated[float, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS)]
 
 
 WaitMs = Annotated[float, Field(ge=0, le=MAX_WAIT_MS)]
@@ -155,7 +187,7 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
     """Puts the counts so far on every chunk; needs `include_usage`."""
 
-    include_obfuscation: Annotated[Any, refused_unless(False)] = None
+    include_obfuscation: Annotated[Any, RefusedUnless(False)] = None
 
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -167,26 +199,50 @@ StopField = Annotated[
         Field(max_length=MAX_STOP_STRINGS),
         Tag("<list>"),
     ]
-    | Annotated[Any, _refuse_kind("a string or an array of strings"), Tag("<other>")],
+    | Annotated[Any, RefusedKind("a string or an array of strings"), Tag("<other>")],
     Discriminator(_kind_of_text),
 ]
 
 PromptField = Annotated[
     Annotated[str, Tag("<text>")]
     | Annotated[list[str], Field(min_length=1, fail_fast=True), Tag("<texts>")]
-    | Annotated[list[TokenId], Field(fail_fast=True), Tag("<tokens>")]
+    | Annotated[list[TokenId], Field(min_length=1, fail_fast=True), Tag("<tokens>")]
     | Annotated[
         list[Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]],
-        Field(fail_fast=True),
+        Field(min_length=1, fail_fast=True),
         Tag("<token lists>"),
     ]
     | Annotated[
         Any,
-        _refuse_kind("a string, an array of strings, token ids, or an array of token id arrays"),
+        RefusedKind("a string, an array of strings, token ids, or an array of token id arrays"),
         Tag("<other>"),
     ],
     Discriminator(_kind_of_prompt),
 ]
+
+
+class JsonSchemaFormat(Body):
+    """Which JSON an answer must be."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    """What clients call it; changes nothing."""
+
+    description: str | None = None
+    """Accepted and ignored: the model is not told."""
+
+    schema_object: Annotated[dict[str, Any], Field(alias="schema")]
+    """The JSON schema."""
+
+    strict: bool | None = None
+    """Changes nothing: every schema is kept to, or refused."""
+
+
+class ResponseFormat(Body):
+    """Which form an answer must have."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+    """Only with the type of this name, which needs it."""
 
 
 class GenerationBody(Body):
@@ -248,7 +304,15 @@ class GenerationBody(Body):
     """How long the request may be without a node, at its start or because one failed, even if no
     token of it can be in time any more."""
 
-    logit_bias: Annotated[Any, refused_unless({})] = None
+    response_format: ResponseFormat | None = None
+    """Which form the answer must have; any text by default."""
+
+    guided_regex: Annotated[str, Field(min_length=1)] | None = None
+    """Regular expression that the whole answer must match."""
+
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASED_TOKENS)] | None = None
+    """What is added to the logits of tokens, by token id."""
+
     user: str | None = None
     """Whose request it is: only requests of the same user share the KV of equal beginnings."""
 
@@ -284,23 +348,22 @@ class ChatCompletionBody(GenerationBody):
     prompt_cache_key: str | None = None
     """Accepted and ignored."""
 
-    audio: Annotated[Any, refused_unless()] = None
-    function_call: Annotated[Any, refused_unless("none")] = None
-    functions: Annotated[Any, refused_unless([])] = None
-    modalities: Annotated[Any, refused_unless(["text"])] = None
-    moderation: Annotated[Any, refused_unless()] = None
-    parallel_tool_calls: Annotated[Any, refused_unless()] = None
-    prediction: Annotated[Any, refused_unless()] = None
-    prompt_cache_options: Annotated[Any, refused_unless()] = None
-    prompt_cache_retention: Annotated[Any, refused_unless()] = None
-    reasoning_effort: Annotated[Any, refused_unless()] = None
-    response_format: Annotated[Any, refused_unless({"type": "text"})] = None
-    service_tier: Annotated[Any, refused_unless("auto", "default")] = None
-    store: Annotated[Any, refused_unless(False)] = None
-    tool_choice: Annotated[Any, refused_unless("none")] = None
-    tools: Annotated[Any, refused_unless([])] = None
-    verbosity: Annotated[Any, refused_unless()] = None
-    web_search_options: Annotated[Any, refused_unless()] = None
+    audio: Annotated[Any, RefusedUnless()] = None
+    function_call: Annotated[Any, RefusedUnless("none")] = None
+    functions: Annotated[Any, RefusedUnless([])] = None
+    modalities: Annotated[Any, RefusedUnless(["text"])] = None
+    moderation: Annotated[Any, RefusedUnless()] = None
+    parallel_tool_calls: Annotated[Any, RefusedUnless()] = None
+    prediction: Annotated[Any, RefusedUnless()] = None
+    prompt_cache_options: Annotated[Any, RefusedUnless()] = None
+    prompt_cache_retention: Annotated[Any, RefusedUnless()] = None
+    reasoning_effort: Annotated[Any, RefusedUnless()] = None
+    service_tier: Annotated[Any, RefusedUnless("auto", "default")] = None
+    store: Annotated[Any, RefusedUnless(False)] = None
+    tool_choice: Annotated[Any, RefusedUnless("none")] = None
+    tools: Annotated[Any, RefusedUnless([])] = None
+    verbosity: Annotated[Any, RefusedUnless()] = None
+    web_search_options: Annotated[Any, RefusedUnless()] = None
 
 
 class CompletionBody(GenerationBody):
@@ -315,8 +378,8 @@ class CompletionBody(GenerationBody):
     echo: bool | None = None
     """Put the prompt before the answer; not together with `logprobs`."""
 
-    best_of: Annotated[Any, refused_unless(1)] = None
-    suffix: Annotated[Any, refused_unless("")] = None
+    best_of: Annotated[Any, RefusedUnless(1)] = None
+    suffix: Annotated[Any, RefusedUnless("")] = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -324,6 +387,38 @@ class CompletionBody(GenerationBody):
         prompt: Any = self.prompt
         is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
         return [prompt] if is_one else list(prompt)
+
+
+class TokenizeBody(Body):
+    """Body of POST /tokenize: a raw prompt or a conversation."""
+
+    model: str | None = None
+    """Name of the served model."""
+
+    prompt: str | None = None
+    """Text as /v1/completions takes it."""
+
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
+    """A conversation as /v1/chat/completions takes it."""
+
+    add_special_tokens: bool | None = None
+    """Whether a raw prompt gets what the model wants around a text; it does unless told not to."""
+
+    add_generation_prompt: bool | None = None
+    """Whether a conversation ends with the beginning of the answer; it does unless told not to."""
+
+    return_token_strs: bool | None = None
+    """Tell the text of each token too."""
+
+
+class DetokenizeBody(Body):
+    """Body of POST /detokenize."""
+
+    model: str | None = None
+    """Name of the served model."""
+
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+    """Token ids, in order."""
 
 
 IGNORED_PARAMETERS = frozenset({"metadata", "safety_identifier", "prompt_cache_key"})

@@ -210,6 +210,11 @@ class Tokenizer:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         return text
 
+    def text_of(self, token_ids: Iterable[int]) -> str:
+        """Return the text with the names of special tokens; `encode` gives the tokens back,
+        unless they are not those that it would have chosen."""
+        return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
+
     def is_special(self, token_id: int) -> bool:
         """Return whether `decode` leaves this token out."""
         return token_id in self._special_ids

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from starlette.datastructures import Headers
@@ -17,12 +19,14 @@ from router.client_directory import Client
 from router.config import RouterConfig
 from router.endpoints import EndpointPool
 from router.errors import Refused, cut
+from router.output_form import asked_grammar
 from router.policy import RoutingRequest
 from router.schema import (
     MAX_SEED,
     ChatCompletionBody,
     CompletionBody,
     GenerationBody,
+    Message,
     StreamOptions,
 )
 from router.terms import agreed, max_wait_s
@@ -33,6 +37,8 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 # Tokenising is linear, some 100 ns a character; from here on it would hold up other streams.
 MAX_INLINE_CHARACTERS = 16_384
+
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 T = TypeVar("T")
 
@@ -123,6 +129,20 @@ class GenerationPlan:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _WantedOutput:
+    """What the two routes say differently about all answers to a request."""
+
+    max_tokens: int | None
+    """None: as many as the context has room for."""
+
+    num_logprobs: int | None
+    """As in `SamplingParams`."""
+
+    grammar: str | None
+    """As in `SamplingParams`."""
+
+
 class Translator:
     """Makes plans of request bodies."""
 
@@ -144,20 +164,17 @@ class Translator:
         )
         if body.top_logprobs is not None and not body.logprobs:
             raise Refused("top_logprobs needs logprobs to be true", field="top_logprobs")
-        num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        roles = {"developer": "system"}
-        messages = [{"role": roles.get(m.role, m.role), "content": m.text} for m in body.messages]
-        token_ids = await _off_loop_if_long(
+        wanted = _WantedOutput(
+            max_tokens=max_tokens,
+            num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            grammar=await asked_grammar(body),
+        )
+        messages = rendered_messages(body.messages)
+        token_ids = await off_loop_if_long(
             sum(len(m["content"]) for m in messages),
             lambda: self._tokenizer.encode_chat(messages),
         )
-        return self._plan(
-            body,
-            [Prompt(tuple(token_ids))],
-            sender,
-            max_tokens=max_tokens,
-            num_logprobs=num_logprobs,
-        )
+        return self._plan(body, [Prompt(tuple(token_ids))], sender, wanted)
 
     async def plan_completion(self, body: CompletionBody, sender: Sender) -> GenerationPlan:
         """Return the plan for one or several prompts.
@@ -172,25 +189,22 @@ class Translator:
                 "echo cannot be combined with logprobs: those of the prompt are not computed",
                 field="echo",
             )
-        prompts = await _off_loop_if_long(
-            sum(len(prompt) for prompt in body.prompts), lambda: self._prompts(body)
-        )
-        return self._plan(
-            body,
-            prompts,
-            sender,
+        wanted = _WantedOutput(
             max_tokens=DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
             num_logprobs=body.logprobs,
+            grammar=await asked_grammar(body),
         )
+        prompts = await off_loop_if_long(
+            sum(len(prompt) for prompt in body.prompts), lambda: self._prompts(body)
+        )
+        return self._plan(body, prompts, sender, wanted)
 
     def _plan(
         self,
         body: GenerationBody,
         prompts: Sequence[Prompt],
         sender: Sender,
-        *,
-        max_tokens: int | None,
-        num_logprobs: int | None,
+        wanted: _WantedOutput,
     ) -> GenerationPlan:
         if body.stream_options is not None and not body.stream:
             raise Refused("stream_options needs stream to be true", field="stream_options")
@@ -211,6 +225,7 @@ class Translator:
                 field="n",
             )
         self._check_token_ids(body, prompts)
+        make_sampling = self._shared_sampling(body, wanted)
         return GenerationPlan(
             model=body.model,
             priority_class=priority_class,
@@ -220,11 +235,9 @@ class Translator:
             sequences=tuple(
                 SequencePlan(
                     prompt,
-                    self._sampling(
-                        body,
-                        choice,
-                        max_tokens=self._max_tokens(prompt, max_tokens, body),
-                        num_logprobs=num_logprobs,
+                    make_sampling(
+                        max_tokens=self._max_tokens(prompt, wanted.max_tokens, body),
+                        seed=choice_seed(body.seed, choice),
                     ),
                 )
                 for prompt in prompts
@@ -270,6 +283,21 @@ class Translator:
                     field=name,
                 )
 
+    def _logit_bias(self, body: GenerationBody) -> tuple[tuple[int, float], ...]:
+        limit = self._tokenizer.vocab_size
+        biases = {}
+        for key, bias in (body.logit_bias or {}).items():
+            # In one spelling only, so that no token has two biases.
+            if not _TOKEN_ID.fullmatch(key) or int(key) >= limit:
+                raise Refused(
+                    f"logit_bias has the key {cut(repr(key))}, keys must be token ids below "
+                    f"{limit:,}",
+                    field="logit_bias",
+                    code="invalid_value",
+                )
+            biases[int(key)] = bias
+        return tuple(biases.items())
+
     def _max_tokens(self, prompt: Prompt, asked: int | None, body: GenerationBody) -> int:
         num_prompt_tokens, limit = len(prompt.token_ids), self._pool.max_sequence_tokens()
         if num_prompt_tokens >= limit:
@@ -294,13 +322,13 @@ class Translator:
             )
         return asked
 
-    def _sampling(
-        self, body: GenerationBody, choice: int, *, max_tokens: int, num_logprobs: int | None
-    ) -> SamplingParams:
+    def _shared_sampling(
+        self, body: GenerationBody, wanted: _WantedOutput
+    ) -> Callable[..., SamplingParams]:
+        """Return what makes the parameters of one answer of its `max_tokens` and `seed`."""
         end_token_ids = () if body.ignore_eos else tuple(self._tokenizer.eos_token_ids)
-        return SamplingParams(
-            max_tokens=max_tokens,
-            seed=choice_seed(body.seed, choice),
+        return partial(
+            SamplingParams,
             temperature=_given(body.temperature, 1.0),
             top_p=_given(body.top_p, 1.0),
             top_k=_given(body.top_k, 0),
@@ -309,7 +337,9 @@ class Translator:
             presence_penalty=_given(body.presence_penalty, 0.0),
             frequency_penalty=_given(body.frequency_penalty, 0.0),
             stop_token_ids=tuple(dict.fromkeys((*end_token_ids, *(body.stop_token_ids or ())))),
-            num_logprobs=num_logprobs,
+            logit_bias=self._logit_bias(body),
+            grammar=wanted.grammar,
+            num_logprobs=wanted.num_logprobs,
         )
 
 
@@ -325,6 +355,12 @@ def choice_seed(seed: int | None, choice: int) -> int:
         return seed
     digest = hashlib.blake2b(b"%d/%d" % (seed, choice), digest_size=8).digest()
     return int.from_bytes(digest) & MAX_SEED
+
+
+def rendered_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Return the messages as chat templates know them."""
+    roles = {"developer": "system"}
+    return [{"role": roles.get(m.role, m.role), "content": m.text} for m in messages]
 
 
 def model_not_found(asked: str, *, served: str) -> Refused:
@@ -345,7 +381,8 @@ def _given(value: T | None, default: T) -> T:
     return default if value is None else value
 
 
-async def _off_loop_if_long(num_characters: int, tokenize: Callable[[], T]) -> T:
+async def off_loop_if_long(num_characters: int, tokenize: Callable[[], T]) -> T:
+    """Return what `tokenize` makes of so many characters; other streams go on meanwhile."""
     if num_characters <= MAX_INLINE_CHARACTERS:
         return tokenize()
     return await asyncio.to_thread(tokenize)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from orchestrator.core.batch_scheduler import BatchScheduler
 from orchestrator.core.kv_transfer import CopyProfile
@@ -77,6 +78,7 @@ def make_capabilities(
     max_model_len: int = 8192,
     num_host_blocks: int = 0,
     num_layer_groups: int = 4,
+    **others: Any,
 ) -> EngineCapabilities:
     return EngineCapabilities(
         block_size_tokens=block_size_tokens,
@@ -86,6 +88,7 @@ def make_capabilities(
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
+        **others,
     )
 
 

@@ -85,11 +85,12 @@ def body(
     weight: float = 1.0,
     heartbeat_s: float = 1.0,
     resume_from: ResumePoint | None = None,
+    grammar: str | None = None,
 ) -> GenerateRequest:
     return GenerateRequest(
         request_id=request_id,
         prompt_token_ids=prompt or (5, 1),
-        sampling=SamplingParams(max_tokens=max_tokens, seed=0),
+        sampling=SamplingParams(max_tokens=max_tokens, seed=0, grammar=grammar),
         priority_class="normal",
         weight=weight,
         ttft_s=ttft_s,

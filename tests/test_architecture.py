@@ -24,7 +24,13 @@ PACKAGES = ("orchestrator", "engines", "router", "build_scripts")
 LAYERS: Mapping[str, tuple[str, ...]] = {
     "orchestrator.core": ("orchestrator.core",),
     "orchestrator": ("orchestrator.core", "orchestrator"),
-    "engines": ("orchestrator.core", "orchestrator.sampling", "engines"),
+    "engines": (
+        "orchestrator.core",
+        "orchestrator.grammars",
+        "orchestrator.logit_adjustment",
+        "orchestrator.sampling",
+        "engines",
+    ),
     "router": ("orchestrator.core", "orchestrator.wire", "orchestrator.yaml_config", "router"),
     "build_scripts": (
         "orchestrator.core",
@@ -58,7 +64,13 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
 CONFINED: Mapping[str, tuple[str, ...]] = {
     "tensorrt_llm": ("engines.trtllm", "engines.trtllm_pytorch", "build_scripts"),
     "tensorrt": ("engines.trtllm",),
-    "torch": ("engines", "orchestrator.sampling", "build_scripts"),
+    "torch": (
+        "engines",
+        "orchestrator.logit_adjustment",
+        "orchestrator.sampling",
+        "build_scripts",
+    ),
+    "llguidance": ("orchestrator.grammars", "router.output_form"),
 }
 
 # Whoever wants these imports them himself.

@@ -26,6 +26,7 @@ from orchestrator.core.ports import (
     SchedulerOutput,
     StepOutput,
 )
+from orchestrator.grammars import GrammarCompiler
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Precisions by the names that options have for them."""
@@ -76,11 +77,13 @@ class TorchEngine:
         options: TorchEngineOptions,
         *,
         block_size_tokens: int,
+        grammars: GrammarCompiler | None = None,
         copy_blocks: CopyBlocks = copy_blocks,
     ) -> None:
         """Put a model with these tensors (Hugging Face names) on its device.
 
-        `copy_blocks` is for tests that delay or break copies.
+        Without `grammars`, requests with a grammar are refused. `copy_blocks` is for tests that
+        delay or break copies.
 
         Raises:
             EngineError: the options do not fit the model or the machine.
@@ -111,12 +114,14 @@ class TorchEngine:
             max_num_seqs=options.max_num_seqs,
             max_model_len=options.max_model_len,
             num_layer_groups=num_layer_groups,
+            grammar_obstacle="it has no tokenizer" if grammars is None else grammars.obstacle,
         )
         self._runner = StepRunner(
             self.capabilities,
             self._copies,
             vocab_size=config.vocab_size,
             compute=self._compute,
+            grammars=grammars,
         )
 
     @classmethod
@@ -133,11 +138,16 @@ class TorchEngine:
                 f"max_model_len is {options.max_model_len}, "
                 f"{engine_dir} was built for {manifest.max_model_len} at most"
             )
+        config = read_config(engine_dir)
+        grammars = GrammarCompiler(
+            engine_dir, vocab_size=config.vocab_size, end_token_ids=manifest.eos_token_ids
+        )
         return cls(
-            read_config(engine_dir),
+            config,
             read_tensors(engine_dir),
             options,
             block_size_tokens=manifest.block_size_tokens,
+            grammars=grammars,
         )
 
     def step(self, plan: SchedulerOutput) -> StepOutput:

@@ -26,6 +26,7 @@ from orchestrator.core.ports import (
     SchedulerOutput,
     StepOutput,
 )
+from orchestrator.grammars import GrammarCompiler
 
 
 def load_rank(engine_dir: Path, options: EngineOptions, place: RankPlace) -> LoadedRank:
@@ -82,8 +83,7 @@ class TrtLlmEngine:
             self._lines = FollowerLines(place)
             undo.callback(self._lines.close)
             config = read_engine_config(engine_dir)
-            if has_manifest:
-                _check_manifest(engine_dir, config)
+            grammars = _checked_grammars(engine_dir, config) if has_manifest else None
             self._worker, num_device_blocks = self._load(
                 load_rank(engine_dir, options, place), options, kv_block_bytes(config), copy_blocks
             )
@@ -101,12 +101,17 @@ class TrtLlmEngine:
             max_num_seqs=options.max_num_seqs,
             max_model_len=options.max_model_len,
             num_layer_groups=1,
+            grammar_obstacle="it has no manifest" if grammars is None else grammars.obstacle,
         )
         self._layout = kv_layout(config)
         self._max_blocks_per_seq = config.max_blocks_per_seq
         self._is_lost = False
         self._runner = StepRunner(
-            self.capabilities, copies, vocab_size=config.vocab_size, compute=self._compute
+            self.capabilities,
+            copies,
+            vocab_size=config.vocab_size,
+            compute=self._compute,
+            grammars=grammars,
         )
 
     def step(self, plan: SchedulerOutput) -> StepOutput:
@@ -155,9 +160,13 @@ class TrtLlmEngine:
         return StepLogits(packed.sequences, self._enqueue(packed.arrays))
 
 
-def _check_manifest(engine_dir: Path, config: TrtLlmEngineConfig) -> None:
-    """Raise EngineDirectoryError unless an engine directory's files are those that the build
-    wrote, and its manifest is the engine's."""
+def _checked_grammars(engine_dir: Path, config: TrtLlmEngineConfig) -> GrammarCompiler:
+    """Return what compiles grammars for an engine directory, once it is known that its files are
+    those that the build wrote, and its manifest the engine's.
+
+    Raises:
+        EngineDirectoryError: they are not.
+    """
     manifest = read_manifest(engine_dir)
     for name, found, built in (
         ("block_size_tokens", manifest.block_size_tokens, config.tokens_per_block),
@@ -168,3 +177,6 @@ def _check_manifest(engine_dir: Path, config: TrtLlmEngineConfig) -> None:
                 f"{engine_dir}: the manifest says {name} {found:,}, the engine was built with "
                 f"{built:,}; rebuild the directory with `proserve build`"
             )
+    return GrammarCompiler(
+        engine_dir, vocab_size=config.vocab_size, end_token_ids=manifest.eos_token_ids
+    )

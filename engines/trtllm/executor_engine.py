@@ -113,6 +113,7 @@ class TrtLlmExecutorEngine:
             max_num_batched_tokens=options.max_num_batched_tokens,
             max_num_seqs=options.max_num_seqs,
             max_model_len=options.max_model_len,
+            grammar_obstacle="TensorRT-LLM's executor draws its tokens by itself",
         )
         return cls(executor, bindings, capabilities, block_reuse=options.block_reuse)
 

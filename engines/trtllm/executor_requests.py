@@ -63,6 +63,12 @@ def _check(sampling: SamplingParams) -> None:
             "before temperature and truncation; leave them out or use a node of another kind",
             field="logprobs",
         )
+    if sampling.logit_bias:
+        raise RequestRejected(
+            "logit_bias is asked for, TensorRT-LLM's executor takes it in another form; leave it "
+            "out or use a node of another kind",
+            field="logit_bias",
+        )
     for name in ("presence_penalty", "frequency_penalty"):
         value = getattr(sampling, name)
         if value != 0:

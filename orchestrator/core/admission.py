@@ -13,7 +13,8 @@ def check_request(spec: RequestSpec, capabilities: EngineCapabilities) -> None:
     """Accept a request that can run to its last token with the whole engine to itself.
 
     Raises:
-        RequestRejected: the prompt is empty, or prompt and output exceed the engine.
+        RequestRejected: the prompt is empty, prompt and output exceed the engine, or it cannot
+            follow the request's grammar.
     """
     num_prompt_tokens = len(spec.prompt_token_ids)
     max_tokens = spec.sampling.max_tokens
@@ -31,6 +32,7 @@ def check_request(spec: RequestSpec, capabilities: EngineCapabilities) -> None:
             "with a longer context",
             field="prompt" if num_prompt_tokens >= limit else "max_tokens",
         )
+    _check_grammar(spec, capabilities)
     # The last token is delivered but never computed, so it needs no KV.
     num_blocks = -(-(num_prompt_tokens + max_tokens - 1) // capabilities.block_size_tokens)
     if num_blocks > capabilities.num_device_blocks:
@@ -39,6 +41,22 @@ def check_request(spec: RequestSpec, capabilities: EngineCapabilities) -> None:
             f"{num_blocks:,} KV blocks, the node has {capabilities.num_device_blocks:,}; lower "
             "max_tokens or give the node more KV memory",
             field="max_tokens",
+        )
+
+
+def _check_grammar(spec: RequestSpec, capabilities: EngineCapabilities) -> None:
+    if spec.sampling.grammar is None:
+        return
+    if capabilities.grammar_obstacle is not None:
+        raise RequestRejected(
+            "the request asks for output of a given form, which this node cannot give: "
+            f"{capabilities.grammar_obstacle}; ask for text of any form, or use another node"
+        )
+    if not spec.sampling.stop_token_ids:
+        raise RequestRejected(
+            "the request asks for output of a given form and has no stop tokens, so that it could "
+            "never end; give at least one",
+            field="stop_token_ids",
         )
 
 

@@ -44,6 +44,9 @@ class EngineCapabilities:
     """The engine takes the blocks of all tokens of a request with its first chunk, not only those
     of the chunk."""
 
+    grammar_obstacle: str | None = "its engine does not choose tokens by a grammar"
+    """Why requests with a grammar cannot be served; None if they can."""
+
 
 @dataclass(slots=True)
 class ScheduledRequest:

@@ -71,6 +71,13 @@ class SamplingParams:
     """End generation, reported as `stop`; the end-of-sequence ids are already among them,
     unless the client asked to ignore those."""
 
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit); each id once."""
+
+    grammar: str | None = None
+    """What the whole output has to match, as llguidance writes it; None allows anything. A stop
+    token is then drawn only where the output matches."""
+
     num_logprobs: int | None = None
     """Alternatives reported per token (0: the chosen token only); None reports nothing."""
 

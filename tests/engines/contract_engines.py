@@ -123,6 +123,7 @@ class EngineMaker:
                 return tiny_engine(
                     tiny_config(),
                     None if tensors is None else dict(tensors),
+                    grammars=None,
                     copy_blocks=copy_blocks,
                     **limits,
                 )

@@ -262,6 +262,29 @@ def test_a_request_with_a_token_outside_of_the_vocabulary_fails_alone(
 
 
 @pytest.mark.tiny_model
+def test_a_request_that_biases_a_foreign_token_fails_alone(make_model_engine: EngineMaker) -> None:
+    engine = make_model_engine()
+    (good,) = random_requests(6)
+    sampling = SamplingParams(max_tokens=8, seed=0, logit_bias=((97, 1.0),))
+    bad = make_request("bad", prompt_token_ids=[1, 2], sampling=sampling)
+
+    output = StepDriver(engine, bad, good).step({"bad": 2, "6": 6})
+
+    assert output.failed == {"bad": "the request holds token ids outside of [0, 97)"}
+    assert output.new_token_ids["6"] == (tokens_alone(engine, 6)["6"][0],)
+
+
+@pytest.mark.tiny_model
+def test_a_bias_decides_which_token_an_engine_chooses(make_model_engine: EngineMaker) -> None:
+    sampling = SamplingParams(max_tokens=8, seed=0, temperature=0.0, logit_bias=((41, 100.0),))
+    request = make_request("r", prompt_token_ids=[1, 2], sampling=sampling)
+
+    output = StepDriver(make_model_engine(), request).step({"r": 2})
+
+    assert output.new_token_ids == {"r": (41,)}
+
+
+@pytest.mark.tiny_model
 def test_a_request_whose_logits_are_not_numbers_fails_alone(
     make_model_engine: EngineMaker,
 ) -> None:

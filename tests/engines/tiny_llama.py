@@ -14,6 +14,7 @@ from engines.manifest import EngineManifest, ProfileConditions, hash_files, writ
 from engines.torch_engine import TorchEngine, TorchEngineOptions
 from engines.torch_engine.config import LlamaConfig
 from engines.torch_engine.weights import tensor_shapes
+from orchestrator.grammars import GrammarCompiler
 from tests.factories import make_copy_profile, make_profile
 
 BLOCK_SIZE_TOKENS = 4
@@ -63,6 +64,7 @@ def tiny_engine(
     config: LlamaConfig | None = None,
     tensors: dict[str, torch.Tensor] | None = None,
     *,
+    grammars: GrammarCompiler | None = None,
     copy_blocks: CopyBlocks = copy_blocks,
     **options: Any,
 ) -> TorchEngine:
@@ -72,6 +74,7 @@ def tiny_engine(
         tiny_tensors(config) if tensors is None else tensors,
         tiny_options(**options),
         block_size_tokens=BLOCK_SIZE_TOKENS,
+        grammars=grammars,
         copy_blocks=copy_blocks,
     )
 

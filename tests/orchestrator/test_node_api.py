@@ -61,6 +61,7 @@ async def test_snapshots_count_upwards(node: Node) -> None:
         (msgspec.json.encode(body(max_tokens=0)), "max_tokens is 0"),
         (msgspec.json.encode(body(max_tokens=1700)), "KV blocks, the node has 100"),
         (msgspec.json.encode(body(ttft_s=-1.0)), "ttft_s is -1.0"),
+        (msgspec.json.encode(body(grammar="start: /a/")), "does not choose tokens by a grammar"),
         (msgspec.json.encode(body()).replace(b'"seed":0', b'"sead":0'), "seed"),
         (msgspec.json.encode(body(heartbeat_s=0.0)), "`float` > 0.0"),
         (msgspec.json.encode(body(resume_from=ResumePoint((), 0.1))), "has 0 output tokens"),

@@ -17,7 +17,7 @@ from orchestrator.core.ports import (
     RequestEvent,
     SchedulerLoad,
 )
-from orchestrator.core.request import FinishReason, RequestSpec, ResumePoint
+from orchestrator.core.request import FinishReason, RequestSpec, ResumePoint, SamplingParams
 from orchestrator.executor import MAX_CONSECUTIVE_FAILURES
 from orchestrator.request_loop import RequestLoop
 from tests.factories import make_capabilities, make_profile, make_request
@@ -148,6 +148,15 @@ def test_a_request_that_can_never_run_is_not_handed_over() -> None:
 
     with pytest.raises(RequestRejected, match="8,192"):
         recorder.add("a", num_prompt_tokens=9000)
+    assert recorder.engine.started == []
+
+
+def test_a_grammar_is_refused_before_the_engine_is_asked() -> None:
+    sampling = SamplingParams(max_tokens=2, seed=0, grammar="start: /a/", stop_token_ids=(2,))
+    recorder = Recorder()
+
+    with pytest.raises(RequestRejected, match="does not choose tokens by a grammar"):
+        recorder.loop.add(make_request("a", sampling=sampling).spec, arrival_s=0.0)
     assert recorder.engine.started == []
 
 

@@ -144,6 +144,7 @@ def mixed_params() -> st.SearchStrategy[dict[str, Any]]:
             "repetition_penalty": st.sampled_from([1.0, 1.0, 1.3, 0.8]),
             "presence_penalty": st.sampled_from([0.0, 0.0, 1.5]),
             "frequency_penalty": st.sampled_from([0.0, 0.0, -0.5]),
+            "logit_bias": st.sampled_from([(), (), ((7, 100.0),), ((0, -100.0), (299, 2.5))]),
             "num_logprobs": st.sampled_from([None, None, 0, 3]),
             "seed": st.integers(0, 2**63),
             "output_token_ids": st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=6),
@@ -190,6 +191,7 @@ def test_the_sampler_leaves_the_logits_as_they_are() -> None:
     logits = random_logits(2)
     before = logits.clone()
     params: dict[str, Any] = {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "presence_penalty": 1.0}
+    params["logit_bias"] = ((4, 3.0),)
 
     drawn_ids(logits, [sampled_request("a", **params), sampled_request("b", temperature=0.5)])
 
@@ -239,6 +241,42 @@ def test_tokens_with_no_probability_are_never_drawn() -> None:
     token_ids = drawn_ids(logits, [sampled_request(str(seed), seed=seed) for seed in range(100)])
 
     assert set(token_ids) == {1, 3}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_is_added_to_the_logits_of_its_tokens(dtype: torch.dtype, device: str) -> None:
+    logits = random_logits(200).to(device=device, dtype=dtype)
+    biases = ((3, 2.5), (250, -1.25), (7, 100.0), (8, -100.0), (9, 99.0))
+    requests = [sampled_request(str(row), seed=row, logit_bias=biases) for row in range(200)]
+
+    token_ids = drawn_ids(logits, requests)
+
+    scores = logits.cpu().float()
+    for token_id, bias in biases:
+        scores[:, token_id] += bias
+    assert_drawn_by_inverse_cdf(scores.softmax(-1), token_ids, [uniform(i, 0) for i in range(200)])
+
+
+def test_a_bias_concerns_its_own_request_alone_and_greedy_ones_too() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0]]).expand(3, -1)
+    biased = sampled_request("biased", temperature=0.0, logit_bias=((0, 100.0),))
+    banned = sampled_request("banned", temperature=0.0, logit_bias=((1, -100.0),))
+    plain = sampled_request("plain", temperature=0.0)
+
+    assert drawn_ids(logits, [biased, plain, banned]) == [0, 1, 2]
+
+
+def test_a_bias_comes_before_the_penalties() -> None:
+    """Token 1 has (1 - 2) * 2 = -2 < -1.75; the other way round, 1 / 2 - 2 = -1.5 would win."""
+    request = sampled_request(
+        prompt_token_ids=[0, 1],
+        temperature=0.0,
+        repetition_penalty=2.0,
+        logit_bias=((1, -2.0),),
+    )
+
+    assert drawn_ids(torch.tensor([[-50.0, 1.0, -1.75]]), [request]) == [2]
 
 
 def test_repetition_penalty_equals_that_of_transformers() -> None:
@@ -327,6 +365,7 @@ def test_logprobs_are_those_of_the_model_before_any_step() -> None:
             num_logprobs=4,
             temperature=0.3,
             top_k=3,
+            logit_bias=((5, 7.0),),
             repetition_penalty=1.5,
             prompt_token_ids=[int(logits[0].argmax())],
         ),
@@ -368,7 +407,7 @@ def test_bad_logits_are_refused_with_the_request_named(
     with pytest.raises(InvalidLogits, match="second") as caught:
         Sampler(VOCAB_SIZE).sample(logits, requests)
 
-    assert caught.value.request_ids == ("second",)
+    assert caught.value.reasons.keys() == {"second"}
 
 
 def test_logits_of_another_shape_are_refused() -> None:

@@ -26,6 +26,21 @@ def case(
     return pytest.param(changes, status, param, code, words, id=name)
 
 
+def form(schema: Any, **changes: Any) -> dict[str, Any]:
+    return {"name": "form", "schema": schema, **changes}
+
+
+def json_form(schema: Any, **changes: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": form(schema, **changes)}}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
 COMMON_CASES = [
     case(
         "unknown model",
@@ -98,13 +113,85 @@ COMMON_CASES = [
         "stream_options.continuous_usage_stats",
         "include_usage",
     ),
+    case("form of a wrong type", {"response_format": "json"}, "response_format", "an object"),
     case(
-        "logit bias",
-        {"logit_bias": {"5": 1}},
-        "logit_bias",
-        "not supported",
-        code="unsupported_parameter",
+        "unknown form",
+        {"response_format": {"type": "xml"}},
+        "response_format.type",
+        "'xml'",
+        "'json_schema'",
     ),
+    case(
+        "schema missing",
+        {"response_format": {"type": "json_schema"}},
+        "response_format.json_schema",
+        "missing",
+        code="missing_required_parameter",
+    ),
+    case(
+        "schema of another form",
+        {"response_format": {"type": "json_object", "json_schema": form({})}},
+        "response_format.json_schema",
+        "'json_object'",
+    ),
+    case(
+        "schema without a name",
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+        "response_format.json_schema.name",
+        "required",
+    ),
+    case(
+        "schema with a bad name",
+        json_form({}, name="a b"),
+        "response_format.json_schema.name",
+        "'a b'",
+        "of the form",
+    ),
+    case("schema that is a list", json_form([]), "response_format.json_schema.schema", "an object"),
+    case("unusable schema type", json_form({"type": "strin"}), "response_format", "strin"),
+    case(
+        "unusable schema keyword", json_form({"uniqueItems": True}), "response_format", "uniqueIt"
+    ),
+    case("unusable schema reference", json_form({"$ref": "#/x"}), "response_format", "/x"),
+    case("unusable schema without values", json_form({"enum": []}), "response_format", "anyOf"),
+    case("unusable schema depth", json_form(nested(140)), "response_format", "recursion limit"),
+    case(
+        "unusable schema size",
+        json_form({"enum": ["x" * 70_000]}),
+        "response_format",
+        "70,013",
+        "65,536",
+    ),
+    case("unusable regex", {"guided_regex": "(a"}, "guided_regex", "unclosed group"),
+    case("unusable regex group", {"guided_regex": "(?=a)b"}, "guided_regex", "look-around"),
+    case("unusable regex size", {"guided_regex": "a" * 4097}, "guided_regex", "4,097", "4,096"),
+    case("empty regex", {"guided_regex": ""}, "guided_regex", "at least 1"),
+    case(
+        "unusable regex beside a schema",
+        json_form({}) | {"guided_regex": "a"},
+        "guided_regex",
+        "response_format",
+        code="contradiction",
+    ),
+    case(
+        "unusable regex without an end",
+        {"guided_regex": "a", "ignore_eos": True},
+        "ignore_eos",
+        "guided_regex",
+    ),
+    case("bias too large", {"logit_bias": {"5": 101}}, "logit_bias.5", "101", "at most 100"),
+    case("bias too small", {"logit_bias": {"5": -101}}, "logit_bias.5", "-101", "at least -100"),
+    case("bias as text", {"logit_bias": {"5": "1"}}, "logit_bias.5", "'1'", "a number"),
+    case("bias of no token", {"logit_bias": {"a": 1}}, "logit_bias", "'a'", "token ids"),
+    case("bias of a padded id", {"logit_bias": {"05": 1}}, "logit_bias", "'05'", "token ids"),
+    case("bias of a token outside", {"logit_bias": {"300": 1}}, "logit_bias", "300", "below"),
+    case(
+        "too many biases",
+        {"logit_bias": {str(i): 1 for i in range(1025)}},
+        "logit_bias",
+        "at most 1024",
+    ),
+    case("biases of a wrong type", {"logit_bias": [1]}, "logit_bias", "an array of 1", "an object"),
     case(
         "misspelt parameter",
         {"temprature": 1},
@@ -172,12 +259,6 @@ CHAT_CASES = [
     ),
     case("tools", {"tools": [{}]}, "tools", "not supported", code="unsupported_parameter"),
     case("tool choice", {"tool_choice": "auto"}, "tool_choice", "not supported"),
-    case(
-        "response format",
-        {"response_format": {"type": "json_object"}},
-        "response_format",
-        "not supported",
-    ),
     case("storing", {"store": True}, "store", "not supported"),
     case("service tier", {"service_tier": "priority"}, "service_tier", "not supported"),
     case("alternatives without logprobs", {"top_logprobs": 2}, "top_logprobs", "logprobs"),
@@ -493,9 +574,15 @@ def test_a_body_that_does_not_come_is_not_waited_for(start_router: RouterFactory
 
 
 def test_an_unknown_route_is_refused(quiet_router: RunningRouter) -> None:
-    response = quiet_router.http.post("/v1/embeddings", json={})
+    response = quiet_router.http.post("/v1/rerank", json={})
 
-    check_refusal(response, 404, None, "unknown_route", ("POST /v1/embeddings",))
+    check_refusal(response, 404, None, "unknown_route", ("POST /v1/rerank",))
+
+
+def test_embeddings_are_refused_with_the_reason(quiet_router: RunningRouter) -> None:
+    response = quiet_router.http.post("/v1/embeddings", json={"model": "tiny", "input": "Hi"})
+
+    check_refusal(response, 404, None, "unsupported_route", ("generates text only",))
 
 
 def test_a_wrong_method_is_refused(quiet_router: RunningRouter) -> None:

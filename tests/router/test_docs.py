@@ -76,8 +76,8 @@ def test_a_node_is_told_whose_request_it_is(router: RunningRouter, node: FakeNod
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_the_commands_work(start_router: RouterFactory, node: FakeNode) -> None:
-    (block,) = re.findall(r"```console\n(.*?)```", PAGE, flags=re.S)
-    commands = [line.removeprefix("$ ") for line in block.splitlines()]
+    blocks = re.findall(r"```console\n(.*?)```", PAGE, flags=re.S)
+    commands = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
 
     with start_router([(node.endpoint_id, node.url)]) as router:
         for command in commands:
@@ -92,7 +92,8 @@ def test_the_commands_work(start_router: RouterFactory, node: FakeNode) -> None:
             )
             assert done.returncode == 0, (command, done.stdout, done.stderr)
 
-    assert len(commands) == 4
+    assert len(commands) == 5
     assert node.requests[1].priority_class == "high"
-    assert {r.priority_class for r in node.requests[2:]} == {"low"}
-    assert len(node.requests) == 2 + 4
+    assert {r.priority_class for r in node.requests[2:6]} == {"low"}
+    assert node.requests[6].sampling.grammar is not None
+    assert len(node.requests) == 2 + 4 + 1

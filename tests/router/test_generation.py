@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ import pytest
 from orchestrator.core.ports import TokenLogprobs
 from orchestrator.core.request import FinishReason
 from orchestrator.wire import GenerateRequest, TokenEvent
+from router.errors import Refused
+from router.output_form import asked_grammar
+from router.schema import CompletionBody
 from router.tokenizer import Tokenizer
 from router.translation import choice_seed
 from tests.router.conftest import RouterFactory, RunningRouter
-from tests.router.fake_node import FakeNode, Step, saying
+from tests.router.fake_node import FakeNode, Refuse, Step, saying
 from tests.router.servers import http_post
 
 
@@ -402,3 +407,58 @@ def test_a_client_that_leaves_while_it_sends_is_counted(router: RunningRouter) -
 def test_refusals_have_a_request_id_too(quiet_router: RunningRouter) -> None:
     assert quiet_router.complete(n=0).headers["x-request-id"].startswith("req-")
     assert quiet_router.http.get("/nowhere").headers["x-request-id"].startswith("req-")
+
+
+def test_a_node_is_told_the_biases_of_tokens(router: RunningRouter, node: FakeNode) -> None:
+    router.chat(logit_bias={"17": 2.5, "0": -100}, n=2)
+    router.complete(logit_bias={})
+
+    assert [request.sampling.logit_bias for request in node.requests] == [
+        ((17, 2.5), (0, -100.0)),
+        ((17, 2.5), (0, -100.0)),
+        (),
+    ]
+
+
+def test_a_node_is_told_the_grammar_of_the_form_that_is_asked_for(
+    router: RunningRouter, node: FakeNode
+) -> None:
+    """The same for all answers, whatever the schema says of its own compilation."""
+    schema = {"type": "object", "x-guidance": {"lenient": True, "whitespace_flexible": True}}
+    json_schema = {"name": "form", "strict": True, "schema": schema}
+    form = {"type": "json_schema", "json_schema": json_schema}
+
+    router.chat(response_format=form, n=2)
+    router.chat(response_format={"type": "json_object"})
+    router.complete(guided_regex="[0-9]+")
+    router.complete(response_format={"type": "text"})
+
+    of_schema, again, of_object, of_regex, none = [r.sampling.grammar for r in node.requests]
+    assert of_schema is not None
+    assert of_object is not None
+    assert again == of_schema
+    assert json.loads(of_schema) == json.loads(of_object)
+    assert of_regex is not None
+    assert "/[0-9]+/" in of_regex
+    assert none is None
+
+
+def test_a_node_that_cannot_give_a_form_says_so_to_the_client(
+    router: RunningRouter, node: FakeNode
+) -> None:
+    node.script = lambda _: [Refuse(400, "this node cannot give a form")]
+
+    answer = router.complete(guided_regex="[0-9]+")
+
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "this node cannot give a form"
+
+
+def test_a_router_without_the_package_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    body = CompletionBody.model_validate({"model": "tiny", "prompt": "Hi", "guided_regex": "a"})
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+
+    with pytest.raises(Refused, match="needs the package llguidance"):
+        asyncio.run(asked_grammar(body))

@@ -122,6 +122,7 @@ def test_the_number_of_blocks_is_what_the_executor_says(engine: TrtLlmExecutorEn
     assert capabilities.num_device_blocks == 100
     assert capabilities.block_size_tokens == BLOCK_SIZE_TOKENS
     assert capabilities.max_model_len == MAX_SEQ_LEN
+    assert capabilities.grammar_obstacle == "TensorRT-LLM's executor draws its tokens by itself"
 
 
 def test_the_first_request_of_all_is_nobodys(engine: TrtLlmExecutorEngine) -> None:

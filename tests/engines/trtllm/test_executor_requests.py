@@ -96,6 +96,7 @@ def test_a_penalty_holds_for_greedy_requests_too(stubs: Stubs) -> None:
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"frequency_penalty": -0.5}, "frequency_penalty"),
         ({"top_k": 1025}, "top_k"),
+        ({"logit_bias": ((5, 1.0),)}, "logit_bias"),
     ],
 )
 def test_what_the_executor_does_otherwise_is_refused(
@@ -114,7 +115,10 @@ def test_the_executor_takes_every_parameter_that_a_request_can_have() -> None:
 
     assert names == {
         *("max_tokens", "seed", "temperature", "top_p", "top_k", "min_p", "stop_token_ids"),
+        # Refused by the engine's capabilities.
+        "grammar",
         *("repetition_penalty", "presence_penalty", "frequency_penalty", "num_logprobs"),
+        "logit_bias",
     }
 
 

@@ -55,6 +55,7 @@ def test_bytes_become_whole_blocks_and_limits_are_the_nodes(engine_dir: Path) ->
         max_num_seqs=3,
         max_model_len=50,
         num_layer_groups=1,
+        grammar_obstacle=None,  # its build copies the tokenizer
     )
 
 
