@@ -5,8 +5,10 @@ stand-ins' reference, on the CPU."""
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -35,43 +37,47 @@ def reference_dir(engine_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return write_llama_engine(tmp_path_factory.mktemp("trtllm") / "smollm2", engine_dir)
 
 
-async def answers(
-    deployment: Deployment, prompts: Sequence[str], num_tokens: int = 24
-) -> list[str]:
+NUM_TOKENS = 24
+
+
+def chat(prompt: str, *, num_tokens: int = NUM_TOKENS, **more: Any) -> dict[str, Any]:
+    """Return a request for a greedy answer of so many tokens."""
+    return {
+        "model": "smollm2-135m",
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": num_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        **more,
+    }
+
+
+async def answer(client: httpx.AsyncClient, request: dict[str, Any]) -> str:
+    response = await client.post("/v1/chat/completions", json=request)
+    assert response.status_code == httpx.codes.OK, response.text
+    text: str = response.json()["choices"][0]["message"]["content"]
+    return text
+
+
+async def answers(deployment: Deployment, prompts: Sequence[str]) -> list[str]:
     """Return greedy answers to all prompts, asked at the same time."""
     async with httpx.AsyncClient(base_url=deployment.url, timeout=200.0) as client:
-
-        async def ask(prompt: str) -> str:
-            response = await client.post(
-                "/v1/chat/completions",
-                json={
-                    "model": "smollm2-135m",
-                    "messages": [{"role": "user", "content": prompt}],
-                    "max_tokens": num_tokens,
-                    "temperature": 0,
-                    "ignore_eos": True,
-                },
-            )
-            assert response.status_code == httpx.codes.OK, response.text
-            text: str = response.json()["choices"][0]["message"]["content"]
-            return text
-
-        return await asyncio.gather(*map(ask, prompts))
+        return await asyncio.gather(*(answer(client, chat(prompt)) for prompt in prompts))
 
 
 @pytest.fixture(scope="module")
 def trtllm(reference_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """28 blocks on the device: two of the prompts with the story."""
+    """22 blocks on the device: the longest sequence that is taken."""
     path = write_deployment(
         tmp_path_factory.mktemp("deployment"),
         reference_dir,
         engine={
             "kind": "trtllm",
             "device": "cpu",
-            "device_kv_bytes": 28 * BLOCK_BYTES,
+            "device_kv_bytes": 22 * BLOCK_BYTES,
             "host_kv_bytes": "256MiB",
         },
-        node={"max_model_len": 400, "kv_cache": {"offload_threshold_blocks": 1}},
+        node={"max_model_len": 350, "kv_cache": {"offload_threshold_blocks": 1}},
     )
     with running(path, environment=stand_in_environment()) as value:
         yield value
@@ -83,17 +89,55 @@ async def test_answers_are_those_of_the_embedded_engine(
     assert await answers(trtllm, QUESTIONS) == await answers(deployment, QUESTIONS)
 
 
-async def test_answers_stay_the_same_where_memory_is_so_short_that_requests_are_pushed_out(
+class Figures:
+    """What became of a node's KV blocks since this was made."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+        self._before = self._read()
+
+    def since(self) -> dict[str, float]:
+        """Return preemptions, and bytes copied each way."""
+        return {name: value - self._before[name] for name, value in self._read().items()}
+
+    def _read(self) -> dict[str, float]:
+        copied = "proserve_node_kv_copied_bytes_total"
+        return {
+            name: self._deployment.node_metric(name)
+            for name in (
+                "proserve_node_preemptions_total",
+                f'{copied}{{direction="offload"}}',
+                f'{copied}{{direction="onboard"}}',
+            )
+        }
+
+
+async def test_answers_stay_the_same_though_every_request_is_pushed_out_and_comes_back(
     deployment: Deployment, trtllm: Deployment
 ) -> None:
-    """Both prompts fit into the memory, but not with their answers. They begin differently, so
-    that they share no blocks."""
-    prompts = [f"{question} {STORY}" for question in QUESTIONS[:2]]
+    """One request after the other, which can wait, meets a visitor that cannot and needs three
+    quarters of the memory. They share no block but the first, of the chat template."""
+    prompts = [f"{question} {STORY}" for question in QUESTIONS]
+    found = []
+    async with httpx.AsyncClient(base_url=trtllm.url, timeout=200.0) as client:
+        for index, prompt in enumerate(prompts):
+            figures, pieces, visit = Figures(trtllm), [], None
+            patient = chat(
+                prompt, stream=True, priority="low", slo={"ttft_ms": 60_000, "tpot_ms": 60_000}
+            )
+            urgent = chat(f"{index} {STORY}{STORY}", num_tokens=1, priority="high")
+            async with client.stream("POST", "/v1/chat/completions", json=patient) as stream:
+                async for line in stream.aiter_lines():
+                    if not line.startswith("data: {"):
+                        continue
+                    choices = json.loads(line.removeprefix("data: "))["choices"]
+                    pieces += [choice["delta"].get("content", "") for choice in choices]
+                    if visit is None and any(pieces):
+                        visit = asyncio.create_task(answer(client, urgent))
+            assert visit is not None
+            await visit
+            found.append("".join(pieces))
+            since = figures.since()
+            assert all(value > 0 for value in since.values()), since
 
-    found = await answers(trtllm, prompts, num_tokens=100)
-
-    assert found == await answers(deployment, prompts, num_tokens=100)
-    assert trtllm.node_metric("proserve_node_preemptions_total") > 0
-    for direction in ("offload", "onboard"):
-        name = f'proserve_node_kv_copied_bytes_total{{direction="{direction}"}}'
-        assert trtllm.node_metric(name) > 0
+    assert found == await answers(deployment, prompts)
