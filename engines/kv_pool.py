@@ -84,11 +84,10 @@ class KVPool:
         """Take the memory.
 
         Raises:
-            EngineError: the host has not enough memory, or CUDA cannot pin it.
+            EngineError: device or host have not enough memory, or CUDA cannot pin it.
         """
         self.layout = layout
-        # Zeros, not empty: padding reads blocks nobody wrote, and 0 * NaN would spread.
-        self.blocks = torch.zeros(num_blocks, *layout.block_shape, dtype=dtype, device=device)
+        self.blocks = _device_blocks(layout, num_blocks, dtype, device)
         self.host_blocks = _host_blocks(layout, num_host_blocks, dtype)
         """As `blocks`, in host memory; pinned if the device is CUDA."""
 
@@ -126,6 +125,20 @@ class KVPool:
         num_tokens = num_blocks * layout.block_size_tokens
         key, value = rows.view(2, num_requests, num_kv_heads, num_tokens, layout.head_dim)
         return key, value
+
+
+def _device_blocks(
+    layout: KVLayout, num_blocks: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    try:
+        # Zeros, not empty: padding reads blocks nobody wrote, and 0 * NaN would spread.
+        return torch.zeros(num_blocks, *layout.block_shape, dtype=dtype, device=device)
+    except RuntimeError as error:  # PyTorch's allocators, OutOfMemoryError among them
+        num_bytes = num_blocks * layout.block_bytes(dtype)
+        raise EngineError(
+            f"{num_blocks} device blocks need {num_bytes:,} bytes of memory, which {device} does "
+            f"not give; lower device_kv_bytes or device_memory_fraction ({error})"
+        ) from error
 
 
 def _host_blocks(layout: KVLayout, num_blocks: int, dtype: torch.dtype) -> torch.Tensor:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from engines.kv_pool import KVLayout, KVPool
+from orchestrator.core.errors import EngineError
 
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, block_size_tokens=4, head_dim=5)
 
@@ -21,6 +23,11 @@ def test_pool_has_the_block_layout_of_tensorrt_llm() -> None:
     assert pool.blocks.shape == (6, 3, 2, 2, 4, 5)
     assert pool.blocks.is_contiguous()
     assert LAYOUT.block_bytes(torch.float32) == pool.blocks[0].nbytes == 960
+
+
+def test_memory_that_is_not_there_is_named_with_the_way_out() -> None:
+    with pytest.raises(EngineError, match=r"need 33,776,997,205,278,720 bytes .* lower device_kv"):
+        make_pool(num_blocks=1 << 45)
 
 
 def test_a_written_token_lies_at_its_block_layer_head_and_place() -> None:
