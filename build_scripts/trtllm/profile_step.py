@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -24,7 +25,7 @@ from engines.engine_options import EngineOptions
 from engines.trtllm.engine import TrtLlmEngine, load_rank
 from engines.trtllm.engine_config import TrtLlmEngineConfig, read_engine_config
 from engines.trtllm.follower import run_follower
-from engines.trtllm.launch import launched_place
+from engines.trtllm.launch import ALONE, end_rank, launched_place
 from engines.trtllm.rank_worker import kv_dtype, kv_layout
 from orchestrator.core.errors import ProServeError
 from orchestrator.core.ports import Engine
@@ -77,19 +78,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("profile_dir", type=Path)
     parser.add_argument("--settings", default="{}", help="profile section of a recipe, as JSON")
     command = parser.parse_args(arguments)
-    console = Console()
+    console, place = Console(), ALONE
     try:
         settings = EngineProfileSettings.model_validate_json(command.settings)
         config = read_engine_config(command.engine_dir)
         options = engine_options(config, settings)
         place = launched_place(os.environ, _MEETING_POINT)
         if place.rank > 0:
-            return run_follower(place, lambda: load_rank(command.engine_dir, options, place))
+            load = partial(load_rank, command.engine_dir, options, place)
+            return end_rank(run_follower(place, load), place)
         engine = TrtLlmEngine(command.engine_dir, options, place, has_manifest=False)
         profile, lines = measure(engine, config, settings)
     except ProServeError as error:
         console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 1
+        return end_rank(1, place)
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     profile.write(command.profile_dir)

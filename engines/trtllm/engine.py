@@ -51,7 +51,7 @@ def load_rank(engine_dir: Path, options: EngineOptions, place: RankPlace) -> Loa
             f"this process is one of {place.num_ranks}; a node starts them with mpirun, if it is "
             "installed"
         )
-    check_installation(options.device)
+    check_installation(options.device, num_ranks=config.tp_size)
     return LoadedRank(engine_dir, config, options, rank=place.rank)
 
 
@@ -129,11 +129,15 @@ class TrtLlmEngine:
             raise
 
     def close(self) -> None:
-        """Release the engine and the KV pool, and end the other ranks. No call follows."""
+        """Release the engine and the KV pool, and end the other ranks. No call follows.
+
+        A rank that has lost another one keeps them until its process ends: its device may wait for
+        that rank forever, and memory that it uses cannot be released.
+        """
         self._lines.close()
-        # The device of a rank that has lost another one may wait for it forever.
-        if not self._is_lost:
-            self._worker.close()
+        if self._is_lost:
+            return
+        self._worker.close()
         del self._runner, self._enqueue, self._worker
 
     def _load(

@@ -21,6 +21,10 @@ from orchestrator.core.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
+LAST_WORDS_S = 5.0
+"""So long a rank that has failed waits for rank 0 to say so. Rank 0 cannot if it waits for this
+rank inside the engine."""
+
 
 def run_follower(
     place: RankPlace,
@@ -51,6 +55,8 @@ def run_follower(
     except (EngineError, RuntimeError, ValueError) as error:
         logger.error("rank stopped: %s", error)
         line.send(RankFailed(str(error)))
+        # The launcher ends rank 0 when it sees this process end.
+        line.wait_for_end(LAST_WORDS_S)
         return 1
     finally:
         line.close()

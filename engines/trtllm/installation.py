@@ -13,9 +13,9 @@ REFERENCE_SUFFIX = "+reference"
 """Local part of the version of a TensorRT-LLM that computes on the CPU, to test what drives it."""
 
 
-def check_installation(device: Literal["cpu", "cuda"]) -> None:
+def check_installation(device: Literal["cpu", "cuda"], *, num_ranks: int = 1) -> None:
     """Raise EngineError, with the way out, unless the TensorRT-LLM that is installed runs
-    prebuilt engines on this device. Imports it, which takes seconds."""
+    prebuilt engines of so many ranks on such devices here. Imports it, which takes seconds."""
     try:
         import tensorrt_llm
     # OSError: one of the CUDA libraries that it loads is missing.
@@ -26,9 +26,18 @@ def check_installation(device: Literal["cpu", "cuda"]) -> None:
             "(`engine: {kind: torch}`)"
         ) from error
     check_version(tensorrt_llm.__version__, device)
-    if device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda":
+        # Before any rank loads: loading waits for all of them.
+        check_num_devices(torch.cuda.device_count(), num_ranks)
+
+
+def check_num_devices(num_devices: int, num_ranks: int) -> None:
+    """Raise EngineError unless each rank has a CUDA device of its own."""
+    if num_devices < num_ranks:
         raise EngineError(
-            "engine.device is cuda, but PyTorch sees no CUDA device; TensorRT-LLM engines need one"
+            f"engine.device is cuda, and PyTorch sees {num_devices} CUDA devices on this machine; "
+            f"the engine needs {num_ranks}, one for each rank; make more of them visible "
+            "(CUDA_VISIBLE_DEVICES), or build the engine with a smaller `checkpoint: {tp_size}`"
         )
 
 

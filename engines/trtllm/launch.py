@@ -10,6 +10,9 @@ tensorrt_llm/_ipc_utils.py.
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +59,21 @@ def launched_place(environ: Mapping[str, str], meeting_point: Path) -> RankPlace
             ) from error
         return RankPlace(rank, num_ranks, meeting_point if num_ranks > 1 else None)
     return ALONE
+
+
+def end_rank(status: int, place: RankPlace) -> int:
+    """Return the exit status of this process, or end it here and now if it is one of several and
+    its status is bad.
+
+    An ordinary end would go through `MPI_Finalize`, which waits for all ranks; those may be waiting
+    for this one, inside a collective operation. The launcher ends them when it sees this one end.
+    """
+    if status != 0 and place.num_ranks > 1:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def mpirun_command(command: Sequence[str], num_ranks: int) -> list[str]:

@@ -157,6 +157,15 @@ class RankGroup:
         )
 
     def _listen(self) -> None:
-        """Take the answers, unless that was done."""
-        if not self._answers:
-            self._answers = self._lines.receive(RankReport)
+        """Take the answers, unless that was done.
+
+        Raises:
+            EngineLost: another rank has ended or failed, or this rank's device has: the others
+                then wait for it inside the engine, and never answer.
+        """
+        if self._answers:
+            return
+        try:
+            self._answers = self._lines.receive(RankReport, check=self._worker.check_device)
+        except RuntimeError as error:
+            raise EngineLost(f"rank 0's device has failed: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import TypeVar
 
@@ -14,6 +15,7 @@ MEETING_TIMEOUT_S = 60.0
 """Rank 0 is at the meeting point within this time: all ranks are started at once."""
 
 _RETRY_S = 0.05
+_CHECK_S = 0.5
 
 A = TypeVar("A", bound=RankAnswer)
 
@@ -49,8 +51,10 @@ class FollowerLines:
             except OSError as error:
                 raise EngineLost(_ended(rank)) from error
 
-    def receive(self, kind: type[A]) -> dict[int, A]:
+    def receive(self, kind: type[A], *, check: Callable[[], None] | None = None) -> dict[int, A]:
         """Return each rank's answer to the last command, by rank.
+
+        `check` is called now and then while they are silent; what it raises ends the wait.
 
         Raises:
             EngineLost: one of them has ended, or cannot go on.
@@ -59,7 +63,10 @@ class FollowerLines:
         silent = set(self._lines)
         while silent:
             # Whoever speaks or ends first: a rank whose peer has ended may wait for it forever.
-            for line in wait(silent):
+            heard = wait(silent, timeout=_CHECK_S)
+            if not heard and check is not None:
+                check()
+            for line in heard:
                 assert isinstance(line, Connection)
                 answers[self._lines[line]] = self._receive(line, kind)
                 silent.discard(line)
@@ -120,6 +127,13 @@ class LeaderLine:
             self._line.send(answer)
         except OSError:
             return
+
+    def wait_for_end(self, timeout_s: float) -> None:
+        """Return when rank 0 has ended, or hung up, or after this time."""
+        deadline_s = time.monotonic() + timeout_s
+        while self._line.poll(max(deadline_s - time.monotonic(), 0.0)):
+            if self.receive() is None:
+                return
 
     def close(self) -> None:
         """Hang up; rank 0 takes it for the end of this rank."""

@@ -151,6 +151,15 @@ class RankWorker:
             self.copies.before_layer(0)
         return self._driver.enqueue(arrays)
 
+    def check_device(self) -> None:
+        """Return at once, whatever the device is doing.
+
+        Raises:
+            RuntimeError: it has failed; nothing that was queued will end.
+        """
+        if self._stream is not None:
+            self._stream.query()
+
     def wait(self) -> None:
         """Return when what was queued has been computed; offloads may go on."""
         if self._stream is not None:

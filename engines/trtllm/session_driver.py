@@ -13,7 +13,7 @@ from engines.trtllm.engine_config import TrtLlmEngineConfig
 from engines.trtllm.engine_tensors import check_tensors, input_names, torch_dtype
 from engines.trtllm.packing import StepArrays
 from engines.trtllm.step_tensors import StepTensors
-from orchestrator.core.errors import EngineDirectoryError
+from orchestrator.core.errors import EngineDirectoryError, EngineError
 
 if TYPE_CHECKING:
     from tensorrt_llm.runtime import Session
@@ -37,6 +37,7 @@ class SessionDriver:
         Raises:
             EngineDirectoryError: TensorRT cannot load the engine, or it has other inputs or
                 outputs than this driver binds.
+            EngineError: the ranks' GPUs cannot share memory.
         """
         self._config, self._device = config, device
         path = engine_dir / f"rank{rank}.engine"
@@ -129,7 +130,11 @@ def _allocate_workspace(
     config: TrtLlmEngineConfig, rank: int
 ) -> tuple[object, torch.Tensor | None]:
     """Return the buffers through which the ranks add up their results, and the tensor that tells
-    the engine of them; None for an engine of one rank."""
+    the engine of them; None for an engine of one rank.
+
+    Raises:
+        EngineError: the ranks' GPUs cannot share memory.
+    """
     if config.tp_size == 1:
         return None, None
     from tensorrt_llm.mapping import Mapping
@@ -140,5 +145,11 @@ def _allocate_workspace(
         world_size=config.tp_size, rank=rank, gpus_per_node=config.tp_size, tp_size=config.tp_size
     )
     size = CustomAllReduceHelper.max_workspace_size_auto(config.tp_size)
-    buffers, workspace = CustomAllReduceHelper.allocate_workspace(mapping, size)
+    try:
+        buffers, workspace = CustomAllReduceHelper.allocate_workspace(mapping, size)
+    except RuntimeError as error:
+        raise EngineError(
+            f"the ranks cannot share memory between their GPUs: {error}; a container needs "
+            "--ipc=host for it"
+        ) from error
     return buffers, workspace

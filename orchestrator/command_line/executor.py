@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from engines.trtllm.follower import run_follower
-from engines.trtllm.launch import ALONE, launched_place, mpirun_command
+from engines.trtllm.launch import ALONE, end_rank, launched_place, mpirun_command
 from orchestrator.command_line import processes
 from orchestrator.command_line.compose import load_engine, load_follower, num_ranks
 from orchestrator.command_line.logs import configure_logging
@@ -45,8 +45,8 @@ def main() -> int:
         )
     if place.rank > 0:
         configure_logging(component=f"{config.endpoint_id} rank {place.rank}")
-        return run_follower(place, lambda: load_follower(config, place))
-    return run_executor(address, lambda: load_engine(config, place))
+        return end_rank(run_follower(place, lambda: load_follower(config, place)), place)
+    return end_rank(run_executor(address, lambda: load_engine(config, place)), place)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from engines.trtllm.installation import check_installation, check_version
+from engines.trtllm.installation import check_installation, check_num_devices, check_version
 from orchestrator.core.errors import EngineError
 
 
@@ -30,6 +30,13 @@ def test_other_releases_are_refused_with_the_one_that_works_and_why(version: str
 def test_a_release_for_cuda_is_refused_on_the_cpu() -> None:
     with pytest.raises(EngineError, match=r"engine.device is cpu, but .* set engine.device to cud"):
         check_version("1.2.1", "cpu")
+
+
+def test_ranks_without_a_device_are_refused_before_any_loads() -> None:
+    check_num_devices(2, num_ranks=2)
+
+    with pytest.raises(EngineError, match=r"sees 1 CUDA devices .* the engine needs 2, one for"):
+        check_num_devices(1, num_ranks=2)
 
 
 @pytest.mark.skipif(

@@ -15,6 +15,7 @@ from engines.trtllm.engine import TrtLlmEngine, load_rank
 from engines.trtllm.follower import run_follower
 from engines.trtllm.launch import RankPlace
 from engines.trtllm.rank_lines import LeaderLine
+from engines.trtllm.rank_worker import RankWorker
 from orchestrator.core.errors import EngineError, EngineLost, EngineStepError
 from orchestrator.core.kv_transfer import TransferDirection
 from orchestrator.core.ports import ScheduledRequest
@@ -195,6 +196,30 @@ def test_a_rank_that_fails_in_a_step_takes_the_engine_with_it(tmp_path: Path, gr
         driver.step({"9": 9})
 
     assert group.end() == 1
+
+
+def test_a_device_that_fails_while_the_others_wait_for_it_is_the_end_of_all(
+    tmp_path: Path, group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 says nothing, as if it waited for rank 0 inside the engine."""
+    held = HeldCopies(TransferDirection.ONBOARD)
+    engine = group.start(write_engine(tmp_path, SPEC), copy_blocks=held)
+    driver = StepDriver(engine, *random_requests(5, 18))
+    driver.step({"18": 18})
+    output = driver.step({}, transfers=[driver.offload("18")])
+    while not output.completed_transfers:
+        output = driver.step({})
+    driver.preempt("18")
+
+    def fail(_: RankWorker) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(RankWorker, "check_device", fail)
+    with pytest.raises(EngineLost, match="rank 0's device has failed: an illegal memory access"):
+        driver.step({"5": 5}, transfers=[driver.onboard("18")])
+    held.let_go()
+
+    assert group.end() == 0
 
 
 def test_a_step_that_rank_0_cannot_start_is_the_end_of_all(tmp_path: Path, group: Group) -> None:

@@ -262,7 +262,7 @@ def test_an_engine_of_several_ranks_is_not_run_by_one_process(tmp_path: Path) ->
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 def test_cuda_without_a_device_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="sees no CUDA device"):
+    with pytest.raises(EngineError, match="sees 0 CUDA devices"):
         fake_engine(tmp_path, device="cuda")
 
 
