@@ -150,9 +150,11 @@ class RequestLoop:
         failed = [e for e in events if e.finish_reason is FinishReason.ERROR]
         if len(failed) < len(events):
             self._num_failures = 0
-        elif failed:
-            self._num_failures += 1
-            logger.error("%d requests failed: %s", len(failed), failed[-1].error)
+            return
+        if not failed:
+            return
+        self._num_failures += 1
+        logger.error("%d requests failed: %s", len(failed), failed[-1].error)
         if self._num_failures >= MAX_CONSECUTIVE_FAILURES:
             raise EngineError(
                 f"requests failed {self._num_failures} times in a row and none got on, the last "

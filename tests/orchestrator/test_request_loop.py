@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestrator.core.errors import EngineError, NodeUnavailable, RequestRejected
@@ -305,6 +305,17 @@ ACTIONS = st.tuples(
 
 
 @given(st.lists(ACTIONS, max_size=40))
+@example(
+    [
+        ("add", "a"),
+        ("fail", "a"),
+        ("add", "a"),
+        ("fail", "a"),
+        ("add", "a"),
+        ("fail", "a"),
+        ("token", "a"),
+    ]
+)  # the loop is asked again after it has given up
 def test_every_accepted_request_ends_exactly_once(actions: Sequence[tuple[str, str]]) -> None:
     """Whatever clients do and the engine says, in whatever order, news of unknown requests among
     it; also where a loop gives its engine up in the middle."""
