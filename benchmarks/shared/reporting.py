@@ -33,7 +33,7 @@ def report(figures: Mapping[str, Any], *, file_name: str | None) -> None:
     script = Path(sys.argv[0]).resolve().relative_to(BENCHMARKS.parent).with_suffix("")
     result = {
         "command": " ".join(["python -m", ".".join(script.parts), *sys.argv[1:]]),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "-s") else ""),
+        "commit": _commit(),
         "machine": f"{platform.machine()}, {_processor()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         **figures,
@@ -43,6 +43,14 @@ def report(figures: Mapping[str, Any], *, file_name: str | None) -> None:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / file_name).write_text(json.dumps(result, indent=2) + "\n")
     print(line)
+
+
+def _commit() -> str:
+    """Return the commit of this checkout, "+" behind it if files differ. A copy of the files
+    alone, as on a borrowed GPU machine, is told by the environment variable COMMIT."""
+    if commit := os.environ.get("COMMIT"):
+        return commit
+    return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "-s") else "")
 
 
 def _git(*arguments: str) -> str:
