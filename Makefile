@@ -1,8 +1,10 @@
-# Say `make` for what there is. Settings: PYTHON, ENGINE, DEPLOYMENT, ARGS (for pytest or the acceptance).
+# Say `make` for what there is. Settings: PYTHON, ENGINE, DEPLOYMENT, ARGS (for pytest or the acceptance),
+# TEST_PROCESSES (2 GB of memory each; 0 for a debugger).
 PYTHON ?= python3
 ENGINE ?= configs/engines/smollm2-135m.yaml
 DEPLOYMENT ?= configs/deployments/local.yaml
 ARGS ?=
+TEST_PROCESSES ?= 2
 
 BIN := .venv/bin
 # Without --no-compile an install takes twice as long; Python compiles what it imports anyway.
@@ -35,8 +37,9 @@ engine: setup ## Build the engine directory named by ENGINE
 serve: setup engine ## Serve the deployment named by DEPLOYMENT until Ctrl-C
 	@exec $(BIN)/proserve serve $(DEPLOYMENT)
 
+# Threads of one test would only take the core from the other's.
 test: setup engine ## Run the tests; a selection: make test ARGS="-k router"
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
 
 check: setup ## Lint, check formatting and types
 	$(BIN)/ruff check .

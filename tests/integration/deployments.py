@@ -21,6 +21,10 @@ START_TIMEOUT_S = 100.0
 WAIT_S = 60.0
 """Upper bound of every wait; reached only if something hangs."""
 
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_PORTS = iter(range(20_000 + 1_000 * _WORKER, 21_000 + 1_000 * _WORKER))
+"""Each process of a parallel test run has its own."""
+
 
 @dataclass
 class Deployment:
@@ -63,11 +67,13 @@ class Deployment:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port that nobody listens on now, and that is given to nobody else: not to another
+    caller, nor to an outgoing connection, which get theirs above 32,767."""
+    for port in _PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("all ports of this test process are taken")
 
 
 def write_deployment(

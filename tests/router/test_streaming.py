@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from orchestrator.core.ports import TokenLogprobs
@@ -242,11 +244,14 @@ def test_a_client_that_leaves_before_the_first_token_aborts_on_the_node(
 def test_a_connection_to_the_node_is_kept_after_a_finished_answer(
     node: FakeNode, start_router: RouterFactory, hello: list[int]
 ) -> None:
-    """No poll may come in between: it would take the idle connection."""
+    """Neither a poll nor the stream of snapshots may come in between: they would take the idle
+    connection."""
     node.script = saying(hello)
+    node.snapshot_lines = asyncio.Queue()
     settings = {"snapshot_poll_interval_s": 1000, "max_snapshot_age_s": 2000}
 
     with start_router([(node.endpoint_id, node.url)], **settings) as router:
+        node.wait_until(lambda n: n.num_streams == 1, "the router listens")
         for _ in range(5):
             router.complete(stream=True)
 
