@@ -113,7 +113,12 @@ class Dispatcher:
     def _begin(self, progress: SequenceProgress, now_s: float) -> Dispatch | None:
         """Count the sequence on the node that the policy picks; None if it picks none."""
         routing = progress.routing
-        offered = self._pool.offer(now_s, routing.max_size, progress.failed_instances)
+        offered = self._pool.offer(
+            now_s,
+            routing.max_size,
+            progress.failed_instances,
+            needs_grammar=routing.needs_grammar,
+        )
         decision = self._policy.pick(routing, self._pool.fleet, offered, now_s)
         if decision.endpoint_id is None:
             return None

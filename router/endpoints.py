@@ -106,14 +106,20 @@ class EndpointPool:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def offer(self, now_s: float, num_tokens: int, exclude: Collection[str] = ()) -> Flags:
-        """Return which nodes can be used now for a sequence of so many tokens, without the
-        processes (`instance_id`) in `exclude`, as rows of the fleet.
+    def offer(
+        self,
+        now_s: float,
+        num_tokens: int,
+        exclude: Collection[str] = (),
+        *,
+        needs_grammar: bool = False,
+    ) -> Flags:
+        """Return which nodes can be used now, as rows of the fleet; arguments as `Fleet.offer`.
 
         Those that have come back lately and are given enough already are only there if there is
         no other.
         """
-        offered = self.fleet.offer(now_s, num_tokens, exclude)
+        offered = self.fleet.offer(now_s, num_tokens, exclude, needs_grammar=needs_grammar)
         if not self._watched:
             return offered
         has_room = offered.copy()
@@ -146,10 +152,22 @@ class EndpointPool:
             raise NodeUnavailable(self.explain_obstacles())
         return max(max_sequence_tokens(description.capabilities) for description in known)
 
+    def grammar_obstacle(self) -> str | None:
+        """Return why no node will ever take a request with a grammar, in words for its client;
+        None if one does, or may."""
+        reasons = []
+        for endpoint in self._endpoints.values():
+            description = endpoint.last_description
+            if description is None or description.capabilities.grammar_obstacle is None:
+                return None
+            reasons.append(f"{endpoint.endpoint_id}: {description.capabilities.grammar_obstacle}")
+        return "; ".join(reasons)
+
     def explain_obstacles(self) -> str:
         """Return why there is no node for a request, in words for its client."""
+        unsuited = "tried without success, too small for the request, or unable to follow its form"
         reasons = "; ".join(
-            f"{endpoint_id}: {obstacle or 'tried without success, or too small for the request'}"
+            f"{endpoint_id}: {obstacle or unsuited}"
             for endpoint_id, obstacle in self.obstacles(self._clock.now_s()).items()
         )
         return f"no node can take the request now, try again later ({reasons})"

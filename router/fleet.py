@@ -137,11 +137,21 @@ class Fleet:
         """Offer a node up to that moment, and at it; -inf takes it out."""
         self._usable_until_s[self._row_of[endpoint_id]] = until_s
 
-    def offer(self, now_s: float, num_tokens: int, exclude: Collection[str] = ()) -> Flags:
+    def offer(
+        self,
+        now_s: float,
+        num_tokens: int,
+        exclude: Collection[str] = (),
+        *,
+        needs_grammar: bool = False,
+    ) -> Flags:
         """Return which nodes may be used now for a sequence of so many tokens, without the
-        processes (`instance_id`) in `exclude`."""
+        processes (`instance_id`) in `exclude`; with `needs_grammar`, only those that follow one.
+        """
         offered: Flags = self._usable_until_s >= now_s
         offered &= self.figures.max_sequence_tokens >= num_tokens
+        if needs_grammar:
+            offered &= self.figures.follows_grammars > 0
         if exclude:
             for row, endpoint in enumerate(self._endpoints):
                 if endpoint.snapshot is not None and endpoint.snapshot.instance_id in exclude:
@@ -252,6 +262,7 @@ class Fleet:
         entries, began_at_s, drained_at_s = self._with_unseen(endpoint, snapshot, queued, step_s)
         self._data[:, row] = NodeFigures(
             max_sequence_tokens=max_sequence_tokens(capabilities),
+            follows_grammars=float(capabilities.grammar_obstacle is None),
             num_requests=load.num_waiting + load.num_running + len(endpoint.unseen),
             num_running=load.num_running + len(decoding),
             num_decoding=num_decoding,

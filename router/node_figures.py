@@ -16,6 +16,9 @@ class NodeFigures(NamedTuple, Generic[T]):
     max_sequence_tokens: T
     """Prompt and output tokens of one sequence, at most."""
 
+    follows_grammars: T
+    """1 if it takes requests with a grammar, else 0."""
+
     num_requests: T
     """Requests that have not ended."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +24,14 @@ class Outlook(Protocol):
         ...
 
 
+class Offer(Protocol):
+    """`EndpointPool.offer`, as far as it is used here."""
+
+    def __call__(self, now_s: float, num_tokens: int, *, needs_grammar: bool = False) -> Flags:
+        """Return the rows of a fleet that may be used at a time for a request."""
+        ...
+
+
 class FleetOutlook:
     """Predicts by what the fleet knows of each node's queue and latencies.
 
@@ -34,14 +41,14 @@ class FleetOutlook:
     optimistic: all that waits is taken to fit into one step.
     """
 
-    def __init__(self, fleet: Fleet, offer: Callable[[float, int], Flags]) -> None:
-        """`offer` gives the rows of `fleet` that may be used at a time for so many tokens."""
+    def __init__(self, fleet: Fleet, offer: Offer) -> None:
+        """`offer` gives the rows of `fleet` that may be used at a time for a request."""
         self._fleet = fleet
         self._offer = offer
 
     def can_gain(self, request: RoutingRequest, now_s: float) -> bool:
-        """Return whether the first token can come in time on any node that is large enough."""
-        offered = self._offer(now_s, request.max_size)
+        """Return whether the first token can come in time on any node that can take the request."""
+        offered = self._offer(now_s, request.max_size, needs_grammar=request.needs_grammar)
         own_s = self._fleet.prefill_s(request.num_prompt_tokens)
         first_token_s = self._queue_s(now_s) + own_s + self._fleet.figures.step_s
         is_in_time = first_token_s < request.due_s - now_s

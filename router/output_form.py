@@ -44,6 +44,7 @@ async def asked_grammar(body: GenerationBody) -> str | None:
             else in the request.
     """
     schema, regex = _json_schema(body.response_format), body.guided_regex
+    field = form_field(body)
     if schema is None and regex is None:
         return None
     if schema is not None and regex is not None:
@@ -52,7 +53,6 @@ async def asked_grammar(body: GenerationBody) -> str | None:
             field="guided_regex",
             code="contradiction",
         )
-    field = "response_format" if regex is None else "guided_regex"
     if body.ignore_eos:
         raise Refused(
             f"ignore_eos cannot be combined with {field}: an answer of a given form ends",
@@ -60,6 +60,11 @@ async def asked_grammar(body: GenerationBody) -> str | None:
         )
     # Mostly a millisecond, but some are made to take longer.
     return await asyncio.to_thread(_grammar, field, schema=schema, regex=regex)
+
+
+def form_field(body: GenerationBody) -> str:
+    """Return which parameter says the form of the answers."""
+    return "response_format" if body.guided_regex is None else "guided_regex"
 
 
 def _json_schema(form: ResponseFormat | None) -> str | None:

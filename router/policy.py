@@ -28,6 +28,9 @@ class RoutingRequest:
     cache_salt: str = ""
     """Only requests with the same one share KV."""
 
+    needs_grammar: bool = False
+    """Only nodes that follow a grammar can take it."""
+
     @property
     def num_prompt_tokens(self) -> int:
         """Tokens of the prompt."""
@@ -74,7 +77,7 @@ class RoutingPolicy(Protocol):
     ) -> RoutingDecision:
         """Return the node for `request`.
 
-        `offered` marks the rows of `fleet` that may be used now and are large enough for the
-        request; no other is picked. It may mark none.
+        `offered` marks the rows of `fleet` that may be used now and can take the request; no
+        other is picked. It may mark none.
         """
         ...

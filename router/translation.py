@@ -19,7 +19,7 @@ from router.client_directory import Client
 from router.config import RouterConfig
 from router.endpoints import EndpointPool
 from router.errors import Refused, cut
-from router.output_form import asked_grammar
+from router.output_form import asked_grammar, form_field
 from router.policy import RoutingRequest
 from router.schema import (
     MAX_SEED,
@@ -126,6 +126,7 @@ class GenerationPlan:
             slo=self.node_slo,
             arrival_s=self.arrival_s,
             cache_salt=self.cache_salt,
+            needs_grammar=sequence.sampling.grammar is not None,
         )
 
 
@@ -225,6 +226,7 @@ class Translator:
                 field="n",
             )
         self._check_token_ids(body, prompts)
+        self._check_grammar(wanted.grammar, field=form_field(body))
         make_sampling = self._shared_sampling(body, wanted)
         return GenerationPlan(
             model=body.model,
@@ -282,6 +284,16 @@ class Translator:
                     f"{name} has token id {max(ids):,}, the model's ids are below {limit:,}",
                     field=name,
                 )
+
+    def _check_grammar(self, grammar: str | None, *, field: str) -> None:
+        obstacle = None if grammar is None else self._pool.grammar_obstacle()
+        if obstacle is not None:
+            raise Refused(
+                f"{field} asks for answers of a given form, which no node here can give "
+                f"({obstacle}); leave it out",
+                field=field,
+                code="unsupported_parameter",
+            )
 
     def _logit_bias(self, body: GenerationBody) -> tuple[tuple[int, float], ...]:
         limit = self._tokenizer.vocab_size

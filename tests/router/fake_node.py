@@ -106,6 +106,7 @@ class FakeNode:
         self.model = model
         self.max_model_len = 256
         self.num_device_blocks = 1000
+        self.grammar_obstacle: str | None = None
         self.script: Script = saying([65])
         self.num_queued_prompt_tokens = 0
         self.is_draining = False
@@ -248,7 +249,9 @@ class FakeNode:
             instance_id=self.instance_id,
             model=self.model,
             capabilities=make_capabilities(
-                max_model_len=self.max_model_len, num_device_blocks=self.num_device_blocks
+                max_model_len=self.max_model_len,
+                num_device_blocks=self.num_device_blocks,
+                grammar_obstacle=self.grammar_obstacle,
             ),
             latency_profile=make_profile(),
             manifest_sha256="0" * 64,

@@ -25,6 +25,7 @@ def make_routing_request(
     tpot_s: float = 0.050,
     arrival_s: float = 0.0,
     cache_salt: str = "",
+    needs_grammar: bool = False,
 ) -> RoutingRequest:
     return RoutingRequest(
         request_id=request_id,
@@ -37,6 +38,7 @@ def make_routing_request(
         slo=Slo(ttft_s=ttft_s, tpot_s=tpot_s),
         arrival_s=arrival_s,
         cache_salt=cache_salt,
+        needs_grammar=needs_grammar,
     )
 
 
@@ -48,6 +50,7 @@ def make_snapshot(
     num_free_device_blocks: int = 1000,
     num_device_blocks: int = 1000,
     max_model_len: int = 8192,
+    grammar_obstacle: str | None = None,
     taken_at_s: float = 0.0,
     complete_until_s: float | None = None,
     instance_id: str = "first",
@@ -58,7 +61,9 @@ def make_snapshot(
     return EndpointSnapshot(
         instance_id=instance_id,
         capabilities=make_capabilities(
-            num_device_blocks=num_device_blocks, max_model_len=max_model_len
+            num_device_blocks=num_device_blocks,
+            max_model_len=max_model_len,
+            grammar_obstacle=grammar_obstacle,
         ),
         load=SchedulerLoad(
             num_waiting=len(prefills),

@@ -212,6 +212,57 @@ def test_a_request_goes_only_to_nodes_that_are_large_enough(
     assert (len(first.requests), len(second.requests)) == (0, 1)
 
 
+def test_a_guided_request_goes_only_to_nodes_that_follow_grammars(
+    pair: tuple[FakeNode, FakeNode], start_router: RouterFactory
+) -> None:
+    """Also when the only such node fails, and however loaded it is."""
+    first, second = pair
+    first.grammar_obstacle = "its engine draws by itself"
+    second.num_queued_prompt_tokens = 100
+
+    with start_router(addresses(*pair), **SLOW_POLLS) as router:
+        router.complete(guided_regex="a+")
+        second.script = lambda _: [Refuse(503)]
+        without_another = router.complete(guided_regex="a+")
+
+    assert (len(first.requests), len(second.requests)) == (0, 2)
+    assert without_another.status_code == 503
+
+
+def test_a_guided_request_that_no_node_will_ever_take_is_refused_at_once(
+    pair: tuple[FakeNode, FakeNode], start_router: RouterFactory
+) -> None:
+    for node in pair:
+        node.grammar_obstacle = "its engine draws by itself"
+
+    with start_router(addresses(*pair), **SLOW_POLLS) as router:
+        refused = router.complete(guided_regex="a+").json()["error"]
+        refused_form = router.complete(response_format={"type": "json_object"}).json()["error"]
+        assert router.complete().status_code == 200
+
+    assert (refused["param"], refused["code"]) == ("guided_regex", "unsupported_parameter")
+    assert "node-b: its engine draws by itself" in refused["message"]
+    assert refused_form["param"] == "response_format"
+
+
+def test_a_guided_request_waits_for_a_node_that_may_yet_come(
+    node: FakeNode, start_router: RouterFactory
+) -> None:
+    """Of a node that was never heard of nobody knows whether it follows grammars."""
+    node.grammar_obstacle = "its engine draws by itself"
+    with (
+        bound_socket() as closed,
+        start_router(
+            [*addresses(node), ("node-z", f"http://127.0.0.1:{closed.getsockname()[1]}")],
+            **SLOW_POLLS,
+        ) as router,
+    ):
+        answer = router.complete(guided_regex="a+")
+
+    assert answer.status_code == 503
+    assert "node-0: tried without success, too small" in answer.json()["error"]["message"]
+
+
 def test_a_silent_node_is_given_up(node: FakeNode, start_router: RouterFactory) -> None:
     node.script = lambda _: [Hang()]
 

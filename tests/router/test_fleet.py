@@ -213,6 +213,15 @@ def test_only_nodes_that_can_hold_the_sequence_are_on_offer() -> None:
     ]
 
 
+def test_only_nodes_that_follow_grammars_are_on_offer_where_one_is_needed() -> None:
+    fleet = make_fleet(
+        {"free": make_snapshot(grammar_obstacle="draws by itself"), "guided": make_snapshot()}
+    )
+
+    assert fleet.offer(0.0, 1, needs_grammar=True).tolist() == [False, True]
+    assert fleet.offer(0.0, 1).tolist() == [True, True]
+
+
 # --- properties ---------------------------------------------------------------------------------
 
 snapshots = st.builds(

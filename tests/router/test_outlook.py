@@ -60,6 +60,16 @@ def test_a_request_can_gain_while_one_node_computes_it_in_time() -> None:
     assert not outlook_on(BUSY).can_gain(request(200, ttft_s=0.320), 100.0)
 
 
+def test_a_node_that_cannot_follow_a_grammar_gives_no_hope_to_a_request_that_needs_one() -> None:
+    """`free` is idle, but only `busy`, behind 1 s of work, can take the request."""
+    free = make_snapshot(taken_at_s=100.0, grammar_obstacle="draws by itself")
+    guided = make_routing_request(arrival_s=100.0, ttft_s=0.5, needs_grammar=True)
+    any_form = make_routing_request(arrival_s=100.0, ttft_s=0.5)
+
+    assert outlook_on(BUSY, free).can_gain(any_form, 100.0)
+    assert not outlook_on(BUSY, free).can_gain(guided, 100.0)
+
+
 def test_a_node_that_is_too_small_does_not_count() -> None:
     """The idle one takes sequences of 207 tokens; the request may have 200 + 8."""
     small = make_snapshot(max_model_len=207)
