@@ -1,7 +1,7 @@
 """Which tokens keep an output within its grammar.
 
 Grammars are llguidance's, which masks a vocabulary of 49,152 in 5 to 120 us (AMD EPYC). It is
-imported when the first request with a grammar comes, so that engines do without it until then.
+imported when a compiler of grammars is made, so that other engines do without it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,61 +39,65 @@ class GrammarCompiler:
     """Makes matchers for the tokens of one model. One thread may use it at a time."""
 
     def __init__(self, engine_dir: Path, *, vocab_size: int, end_token_ids: Sequence[int]) -> None:
-        """Take the tokenizer of an engine directory, to be read when it is needed.
+        """Read the tokenizer of an engine directory.
 
-        `vocab_size` is the model's, which may have more ids than its tokenizer has tokens.
+        That takes 0.3 s for 49,152 tokens (AMD EPYC) and holds up all threads meanwhile, so it
+        belongs before the first step. `vocab_size` is the model's, which may have more ids than its
+        tokenizer has tokens.
         """
-        self._path = engine_dir / TOKENIZER_FILE
         self.vocab_size = vocab_size
         self.end_token_ids = tuple(end_token_ids)
         """Tokens that the model ends an answer with."""
 
+        self.obstacle: str | None = None
+        """Why no request with a grammar can be served; None if they can."""
+
         self._tokenizer: LLTokenizer | None = None
         self._compiled = lru_cache(MAX_COMPILED_GRAMMARS)(self._compile)
-
-    @property
-    def obstacle(self) -> str | None:
-        """Why no request with a grammar can be served; None if they can."""
-        if find_spec("llguidance") is None:
-            return "the package llguidance is not installed; install it with pip"
-        if not self._path.is_file():
-            return f"{self._path} is missing; rebuild the directory with `proserve build`"
-        return None
+        try:
+            self._tokenizer = self._read_tokenizer(engine_dir / TOKENIZER_FILE)
+        except GrammarFailed as error:
+            self.obstacle = str(error)
 
     def new_matcher(self, grammar: str) -> LLMatcher:
         """Return a matcher at the beginning of an output.
 
-        The first call reads the tokenizer, which takes 0.3 s for 49,152 tokens (AMD EPYC) and holds
-        up all threads meanwhile.
-
         Raises:
-            GrammarFailed: the grammar is not valid or too complex, or the tokenizer unsupported.
+            GrammarFailed: the grammar is not valid or too complex, or there is an obstacle.
         """
         return self._compiled(grammar).deep_copy()
 
     def _compile(self, grammar: str) -> LLMatcher:
+        if self._tokenizer is None:
+            raise GrammarFailed(self.obstacle)
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES)
-        matcher = LLMatcher(self._read_tokenizer(), grammar, log_level=0, limits=limits)
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise GrammarFailed(f"the grammar cannot be compiled: {_problem_of(matcher)}")
         return matcher
 
-    def _read_tokenizer(self) -> LLTokenizer:
-        from llguidance import LLTokenizer
-
-        if self._tokenizer is None:
-            try:
-                self._tokenizer = LLTokenizer(
-                    self._path.read_text(encoding="utf-8"),
-                    n_vocab=self.vocab_size,
-                    # One stands for all: which of them stop a request is its own to say.
-                    eos_token=next(iter(self.end_token_ids), None),
-                )
-            except (OSError, ValueError) as error:
-                raise GrammarFailed(f"{self._path} cannot be used: {error}") from error
-        return self._tokenizer
+    def _read_tokenizer(self, path: Path) -> LLTokenizer:
+        try:
+            from llguidance import LLTokenizer
+        except ModuleNotFoundError as error:
+            raise GrammarFailed(
+                "the package llguidance is not installed; install it with pip"
+            ) from error
+        try:
+            return LLTokenizer(
+                path.read_text(encoding="utf-8"),
+                n_vocab=self.vocab_size,
+                # One stands for all: which of them stop a request is its own to say.
+                eos_token=next(iter(self.end_token_ids), None),
+            )
+        except FileNotFoundError as error:
+            raise GrammarFailed(
+                f"{path} is missing; rebuild the directory with `proserve build`"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise GrammarFailed(f"{path} cannot be used: {error}") from error
 
 
 class GrammarMasks:

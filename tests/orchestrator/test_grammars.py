@@ -306,19 +306,26 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_told(tmp_path: Path) -> None
 
 
 def test_the_obstacles_of_a_node_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = GrammarCompiler(tmp_path, vocab_size=VOCAB_SIZE, end_token_ids=[END_TOKEN])
-    without_file = compiler.obstacle
+    """An engine says them before it takes requests, so they are found with the tokenizer."""
+
+    def obstacle(vocab_size: int = VOCAB_SIZE) -> str | None:
+        return GrammarCompiler(tmp_path, vocab_size=vocab_size, end_token_ids=[END_TOKEN]).obstacle
+
+    without_file = obstacle()
     tiny_tokenizer(tmp_path)
-    with_file = compiler.obstacle
+    with_file, with_another_model = obstacle(), obstacle(vocab_size=97)
     monkeypatch.delitem(sys.modules, "llguidance")
     monkeypatch.setattr(sys, "path", [])
-    without_package = compiler.obstacle
+    without_package = obstacle()
 
-    assert without_file is not None
-    assert "tokenizer.json is missing" in without_file
     assert with_file is None
-    assert without_package is not None
-    assert "llguidance is not installed" in without_package
+    for found, words in (
+        (without_file, "tokenizer.json is missing"),
+        (with_another_model, "tokenizer.json cannot be used: vocab"),
+        (without_package, "llguidance is not installed"),
+    ):
+        assert found is not None
+        assert words in found
 
 
 @pytest.mark.parametrize(
