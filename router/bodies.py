@@ -8,8 +8,8 @@ from typing import TypeVar
 from pydantic import ValidationError
 from starlette.requests import Request
 
+from router.body_types import Body
 from router.errors import Refused, refusal_of, refuse_repeated_keys
-from router.schema import Body
 
 BodyT = TypeVar("BodyT", bound=Body)
 

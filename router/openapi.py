@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 from pydantic.json_schema import models_json_schema
 
+from router.body_types import Body
 from router.errors import ErrorAnswer
 from router.responses import (
     ChatChoice,
@@ -23,7 +24,6 @@ from router.responses import (
     Usage,
 )
 from router.schema import (
-    Body,
     ChatCompletionBody,
     CompletionBody,
     DetokenizeBody,

@@ -6,19 +6,12 @@ model or the configuration (lengths, names of classes) are checked in `translati
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    Tag,
-)
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic import Discriminator, Field, Tag
+
+from router.body_types import Body, RefusedKind, RefusedUnless, kind_of_text
+from router.conversation import Message
 
 MAX_SEED = 2**63 - 1
 MAX_TOP_LOGPROBS = 20
@@ -38,61 +31,6 @@ MAX_REPETITION_PENALTY = 100
 """Logits are multiplied or divided by it, and have to stay finite."""
 
 
-class RefusedUnless:
-    """Annotates what is refused with every value but null and the `harmless` ones.
-
-    Those change nothing about the answer, and clients send them without being asked.
-    """
-
-    def __init__(self, *harmless: object) -> None:
-        self._harmless = harmless
-
-    def __get_pydantic_core_schema__(
-        self, source: object, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self._check, handler(source))
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        return {"enum": [None, *self._harmless], "description": "Other values are refused."}
-
-    def _check(self, value: object) -> object:
-        if value is None or any(value == h and type(value) is type(h) for h in self._harmless):
-            return value
-        raise PydanticCustomError("unsupported_parameter", "is not supported")
-
-
-class RefusedKind:
-    """Annotates the branch of a union that takes what none of the others does, and refuses it."""
-
-    def __init__(self, expected: str) -> None:
-        self._expected = expected
-
-    def __get_pydantic_core_schema__(
-        self, source: object, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self._refuse)
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        return {"not": {}}
-
-    def _refuse(self, _: object) -> NoReturn:
-        raise PydanticCustomError("wrong_kind", "{expected}", {"expected": self._expected})
-
-
-def _kind_of_text(value: object) -> str:
-    match value:
-        case str():
-            return "<text>"
-        case list():
-            return "<list>"
-        case _:
-            return "<other>"
-
-
 def _kind_of_prompt(value: object) -> str:
     match value:
         case [str(), *_]:
@@ -107,56 +45,6 @@ def _kind_of_prompt(value: object) -> str:
             return "<text>"
         case _:
             return "<other>"
-
-
-class Body(BaseModel):
-    """Base of everything a client sends."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        frozen=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
-
-
-class TextPart(Body):
-    """Part of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(Body):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    """`developer` is rendered as `system`: models that are served here know only that."""
-
-    content: Annotated[
-        Annotated[str, Tag("<text>")]
-        | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("<list>")]
-        | Annotated[Any, RefusedKind("a string or an array of text parts"), Tag("<other>")],
-        Discriminator(_kind_of_text),
-    ]
-    """Text, or parts of text that are joined without anything in between."""
-
-    name: Annotated[Any, RefusedUnless()] = None
-    refusal: Annotated[Any, RefusedUnless()] = None
-    audio: Annotated[Any, RefusedUnless()] = None
-    annotations: Annotated[Any, RefusedUnless([])] = None
-    function_call: Annotated[Any, RefusedUnless()] = None
-    tool_calls: Annotated[Any, RefusedUnless([])] = None
-    tool_call_id: Annotated[Any, RefusedUnless()] = None
-
-    @property
-    def text(self) -> str:
-        """The content as one string."""
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content)
 
 
 ObjectiveMs = Annotated[float, Field(ge=MIN_OBJECTIVE_MS, le=MAX_OBJECTIVE_MS)]
@@ -200,7 +88,7 @@ StopField = Annotated[
         Tag("<list>"),
     ]
     | Annotated[Any, RefusedKind("a string or an array of strings"), Tag("<other>")],
-    Discriminator(_kind_of_text),
+    Discriminator(kind_of_text),
 ]
 
 PromptField = Annotated[

@@ -17,6 +17,7 @@ from orchestrator.core.request import SamplingParams
 from orchestrator.core.slo import PriorityClass, Slo
 from router.client_directory import Client
 from router.config import RouterConfig
+from router.conversation import Message
 from router.endpoints import EndpointPool
 from router.errors import Refused, cut
 from router.output_form import asked_grammar, form_field
@@ -26,7 +27,6 @@ from router.schema import (
     ChatCompletionBody,
     CompletionBody,
     GenerationBody,
-    Message,
     StreamOptions,
 )
 from router.terms import agreed, max_wait_s
