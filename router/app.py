@@ -50,6 +50,7 @@ from router.streaming import AnswerHead, EventStream, WholeAnswer
 from router.terms import ServiceTerms
 from router.tokenization import Tokenization
 from router.tokenizer import Tokenizer
+from router.tool_calling import ToolCalling
 from router.translation import GenerationPlan, Sender, Translator, model_not_found
 
 _encoder = msgspec.json.Encoder()
@@ -88,9 +89,13 @@ class RouterService:
             FleetOutlook(self.pool.fleet, self.pool.offer),
             self.metrics,
         )
-        self.translator = Translator(config, tokenizer, self.pool)
+        tool_calling = ToolCalling(config.tool_calls, tokenizer)
+        self.translator = Translator(config, tokenizer, tool_calling, self.pool)
         self.tokenization = Tokenization(
-            tokenizer, model=config.model, max_model_len=self.pool.max_sequence_tokens
+            tokenizer,
+            tool_calling,
+            model=config.model,
+            max_model_len=self.pool.max_sequence_tokens,
         )
         self._tools = GenerationTools(
             dispatcher=Dispatcher(
@@ -260,7 +265,11 @@ def _add_generation_routes(app: FastAPI, service: RouterService) -> None:
         async def begin(content: bytes, sender: Sender) -> Response:
             body = parsed_body(content, ChatCompletionBody)
             plan = await service.translator.plan_chat(body, sender)
-            answer_format = ChatFormat(service.tokenizer, has_logprobs=bool(body.logprobs))
+            answer_format = ChatFormat(
+                service.tokenizer,
+                has_logprobs=bool(body.logprobs),
+                may_call=plan.tools is not None,
+            )
             return service.answer(plan, answer_format, record, sender.client)
 
         return await service.once(request, begin)

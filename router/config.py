@@ -155,6 +155,17 @@ class IdempotencyConfig(BaseModel):
     """An answer that is being made and that no client has read for this long is given up."""
 
 
+class ToolCallsConfig(BaseModel):
+    """How the model calls functions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    format: Literal["hermes", "none"] = "hermes"
+    """What the model writes: `hermes` is JSON between `<tool_call>` and `</tool_call>`, as Hermes,
+    Qwen and SmolLM2 write it. A chat template without tools is helped by a preamble that explains
+    this. `none` refuses tools."""
+
+
 # Neighbouring classes are worth 2 to 1, as in the open traces of ProServe (arXiv 2512.12928);
 # the objectives of `high` are those that xLLM ships, the others relax them.
 DEFAULT_CLASSES = (
@@ -228,6 +239,9 @@ class RouterSettings(RoutingConfig):
 
     max_snapshot_age_s: PositiveFloat = 3.0
     """A node not heard of for longer gets no requests."""
+
+    tool_calls: ToolCallsConfig = ToolCallsConfig()
+    """How the model calls functions."""
 
     health: HealthConfig = HealthConfig()
     """When a node is left out, and how it is taken in again."""

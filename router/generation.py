@@ -17,10 +17,10 @@ from router.admission import Lease
 from router.dispatch import Dispatcher
 from router.metrics import ClassMetrics, ClientMetrics, RouterMetrics
 from router.open_requests import OpenRequests
-from router.output import OutputAssembler, OutputDelta
+from router.output import Assembler, OutputAssembler, OutputDelta, ToolCallAssembler
 from router.responses import Usage
 from router.tokenizer import Tokenizer
-from router.translation import GenerationPlan
+from router.translation import GenerationPlan, SequencePlan
 
 T = TypeVar("T")
 
@@ -84,11 +84,7 @@ class Generation:
         plan, sequence = self._plan, self._plan.sequences[index]
         request = self._node_request(index)
         routing = plan.routing_request(index, request_id=request.request_id)
-        assembler = OutputAssembler(
-            self._tools.tokenizer,
-            stop=plan.stop,
-            stop_token_ids=sequence.sampling.stop_token_ids,
-        )
+        assembler = self._assembler(sequence)
         meter = SequenceMeter(
             self._class_metrics,
             plan.slo,
@@ -113,10 +109,21 @@ class Generation:
                     self._record.receive(num_new_tokens, now_s, finish_reason)
                     yield deltas
                     if finish_reason is not None and events[-1].finish_reason is None:
-                        return  # A stop string: closing the events aborts the node's work.
+                        # A stop string or a last call: closing the events aborts the node's work.
+                        return
         finally:
             place.leave()
             meter.close()
+
+    def _assembler(self, sequence: SequencePlan) -> Assembler:
+        assembler = OutputAssembler(
+            self._tools.tokenizer,
+            stop=self._plan.stop,
+            stop_token_ids=sequence.sampling.stop_token_ids,
+        )
+        if self._plan.tools is None:
+            return assembler
+        return ToolCallAssembler(assembler, self._plan.tools.parser())
 
     def _node_request(self, index: int) -> GenerateRequest:
         plan, sequence, slo = self._plan, self._plan.sequences[index], self._plan.node_slo

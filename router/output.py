@@ -1,18 +1,22 @@
-"""Turns a sequence's token events into text: stop strings, log-probabilities, finish reason."""
+"""Turns a sequence's token events into text and tool calls: stop strings, log-probabilities,
+finish reason."""
 
 from __future__ import annotations
 
 import codecs
 from collections import deque
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 from orchestrator.core.ports import TokenLogprobs
 from orchestrator.core.request import FinishReason
 from orchestrator.wire import TokenEvent
 from router.detokenizer import IncrementalDetokenizer
 from router.tokenizer import Tokenizer
+from router.tool_parser import CallPiece, Item, ToolCallParser
+
+AnswerEnd = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +41,21 @@ class OutputDelta:
     """Tokens received, up to the one that completes a stop string; the end token counts."""
 
     logprobs: tuple[OutputLogprob, ...]
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: AnswerEnd | None
+    calls: tuple[CallPiece, ...] = ()
+    """What comes behind the text."""
+
+
+class Assembler(Protocol):
+    """Follows one sequence."""
+
+    def add_all(self, events: Iterable[TokenEvent]) -> list[OutputDelta]:
+        """Return what events add, at least one delta, up to the first that finishes the answer."""
+        ...
 
 
 class OutputAssembler:
-    """Follows one sequence.
+    """Follows one sequence, all of which is text.
 
     A token's log-probabilities go out with the text in which it begins, so tokens of a stop
     string or of the model's end have none.
@@ -71,7 +85,7 @@ class OutputAssembler:
         """Return what `event` adds. After a finish reason nothing more may be added."""
         pieces: list[str] = []
         num_new_tokens = 0
-        finish_reason: Literal["stop", "length"] | None = None
+        finish_reason: AnswerEnd | None = None
         for position, token_id in enumerate(event.new_token_ids):
             num_new_tokens += 1
             is_last = position + 1 == len(event.new_token_ids)
@@ -109,3 +123,57 @@ class OutputAssembler:
         ):
             taken.append(self._waiting.popleft())
         return tuple(taken)
+
+
+class ToolCallAssembler:
+    """Follows one sequence that may call functions.
+
+    The answer ends when its last call is complete, even if the model would go on. Its calls are
+    read from the text behind stop strings. Log-probabilities are those of all tokens, in the first
+    delta that their text has become a part of.
+    """
+
+    def __init__(self, assembler: OutputAssembler, parser: ToolCallParser) -> None:
+        self._assembler = assembler
+        self._parser = parser
+
+    def add_all(self, events: Iterable[TokenEvent]) -> list[OutputDelta]:
+        """Return what each of `events` adds, up to the first that finishes the answer."""
+        deltas: list[OutputDelta] = []
+        for event in events:
+            deltas += self._read(self._assembler.add(event))
+            if deltas[-1].finish_reason is not None:
+                break
+        return deltas
+
+    def _read(self, delta: OutputDelta) -> list[OutputDelta]:
+        items = self._parser.add(delta.text)
+        finish_reason = delta.finish_reason
+        if finish_reason is not None:
+            items += self._parser.finish()
+        has_called = self._parser.num_calls > 0 and not self._parser.is_in_arguments
+        if self._parser.is_done or (finish_reason == "stop" and has_called):
+            finish_reason = "tool_calls"
+        first, *others = [
+            OutputDelta(text, 0, (), None, calls) for text, calls in _texts_and_calls(items)
+        ]
+        deltas = [
+            replace(first, num_new_tokens=delta.num_new_tokens, logprobs=delta.logprobs),
+            *others,
+        ]
+        deltas[-1] = replace(deltas[-1], finish_reason=finish_reason)
+        return deltas
+
+
+def _texts_and_calls(items: Iterable[Item]) -> list[tuple[str, tuple[CallPiece, ...]]]:
+    """Return items as pairs of a text and the pieces behind it, at least one."""
+    found: list[tuple[str, tuple[CallPiece, ...]]] = [("", ())]
+    for item in items:
+        text, calls = found[-1]
+        if isinstance(item, CallPiece):
+            found[-1] = (text, (*calls, item))
+        elif calls:
+            found.append((item, ()))
+        else:
+            found[-1] = (text + item, ())
+    return found

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import msgspec
 
 from router.output import OutputDelta, OutputLogprob
 from router.tokenizer import Tokenizer
+from router.tool_parser import CallPiece
 
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot say; the number that OpenAI uses."""
@@ -56,12 +58,47 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
     text_offset: list[int]
 
 
+class Function(msgspec.Struct, frozen=True):
+    """Which function is called, and how."""
+
+    name: str
+    arguments: str
+    """JSON, as the model wrote it."""
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """A call that the model wants made."""
+
+    id: str
+    function: Function
+    type: Literal["function"] = "function"
+
+
 class ChatMessage(msgspec.Struct, frozen=True):
     """The model's whole answer."""
 
-    content: str
+    content: str | None
+    """None if it consists of calls."""
+
     role: str = "assistant"
     refusal: None = None
+    tool_calls: Sequence[ToolCall] | msgspec.UnsetType = msgspec.UNSET
+
+
+class FunctionDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A piece of a call: its function's name, or what to put behind its arguments so far."""
+
+    arguments: str
+    name: str | None = None
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A piece of a call; only its first one has an id and a type."""
+
+    index: int
+    function: FunctionDelta
+    id: str | None = None
+    type: Literal["function"] | None = None
 
 
 class ChatDelta(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -69,6 +106,7 @@ class ChatDelta(msgspec.Struct, frozen=True, omit_defaults=True):
 
     role: str | None = None
     content: str | None = None
+    tool_calls: tuple[ToolCallDelta, ...] | None = None
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -132,6 +170,7 @@ class ChoiceOutput:
     text: str
     logprobs: list[OutputLogprob]
     finish_reason: str
+    calls: list[CallPiece] = field(default_factory=list)
 
 
 class AnswerFormat(Protocol):
@@ -159,29 +198,38 @@ class ChatFormat:
     answer_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer, *, has_logprobs: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, has_logprobs: bool, may_call: bool = False) -> None:
+        """`may_call` says whether answers may be calls, without any content."""
         self._tokenizer = tokenizer
         self._has_logprobs = has_logprobs
+        self._first_content = None if may_call else ""
 
     def choice(self, index: int, output: ChoiceOutput) -> ChatChoice:
         """Return a whole answer."""
-        return ChatChoice(
-            index, ChatMessage(output.text), self._logprobs(output.logprobs), output.finish_reason
+        calls = _whole_calls(output.calls)
+        message = (
+            ChatMessage(output.text or None, tool_calls=calls)
+            if calls
+            else ChatMessage(output.text)
         )
+        return ChatChoice(index, message, self._logprobs(output.logprobs), output.finish_reason)
 
     def chunks(
         self, index: int, delta: OutputDelta, *, is_first: bool
     ) -> Sequence[ChatChunkChoice]:
-        """Return first the role, then text, then the finish reason."""
+        """Return first the role, then text, then pieces of calls, then the finish reason."""
         found = []
         if is_first:
-            found.append(ChatChunkChoice(index, ChatDelta(role="assistant", content="")))
+            first = ChatDelta(role="assistant", content=self._first_content)
+            found.append(ChatChunkChoice(index, first))
         if delta.text or delta.logprobs:
             found.append(
                 ChatChunkChoice(
                     index, ChatDelta(content=delta.text), self._logprobs(delta.logprobs)
                 )
             )
+        for piece in delta.calls:
+            found.append(ChatChunkChoice(index, ChatDelta(tool_calls=(_call_delta(piece),))))
         if delta.finish_reason is not None:
             found.append(ChatChunkChoice(index, ChatDelta(), finish_reason=delta.finish_reason))
         return found
@@ -207,6 +255,31 @@ class ChatFormat:
                 for found in logprobs
             )
         )
+
+
+def _call_delta(piece: CallPiece) -> ToolCallDelta:
+    if piece.name is None:
+        return ToolCallDelta(piece.index, FunctionDelta(piece.arguments))
+    function = FunctionDelta(piece.arguments, piece.name)
+    return ToolCallDelta(piece.index, function, _new_call_id(), "function")
+
+
+def _whole_calls(pieces: Sequence[CallPiece]) -> list[ToolCall]:
+    names: list[str] = []
+    arguments: list[str] = []
+    for piece in pieces:
+        if piece.name is None:
+            arguments[-1] += piece.arguments
+        else:
+            names.append(piece.name)
+            arguments.append(piece.arguments)
+    return [
+        ToolCall(_new_call_id(), Function(*call)) for call in zip(names, arguments, strict=True)
+    ]
+
+
+def _new_call_id() -> str:
+    return f"call_{uuid.uuid4().hex}"
 
 
 class CompletionFormat:

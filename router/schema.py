@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from router.body_types import Body, RefusedKind, RefusedUnless, kind_of_text
-from router.conversation import Message
+from router.conversation import Message, ToolChoice, ToolList
 
 MAX_SEED = 2**63 - 1
 MAX_TOP_LOGPROBS = 20
@@ -227,6 +227,15 @@ class ChatCompletionBody(GenerationBody):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     """Alternatives to report for each token; needs `logprobs`."""
 
+    tools: ToolList | None = None
+    """Functions that the model may call."""
+
+    tool_choice: ToolChoice | None = None
+    """Whether the model may call functions, must call one, or must call this one; needs `tools`."""
+
+    parallel_tool_calls: bool | None = None
+    """False: one call at most in each answer; needs `tools`."""
+
     metadata: dict[str, str] | None = None
     """Accepted and ignored."""
 
@@ -241,15 +250,12 @@ class ChatCompletionBody(GenerationBody):
     functions: Annotated[Any, RefusedUnless([])] = None
     modalities: Annotated[Any, RefusedUnless(["text"])] = None
     moderation: Annotated[Any, RefusedUnless()] = None
-    parallel_tool_calls: Annotated[Any, RefusedUnless()] = None
     prediction: Annotated[Any, RefusedUnless()] = None
     prompt_cache_options: Annotated[Any, RefusedUnless()] = None
     prompt_cache_retention: Annotated[Any, RefusedUnless()] = None
     reasoning_effort: Annotated[Any, RefusedUnless()] = None
     service_tier: Annotated[Any, RefusedUnless("auto", "default")] = None
     store: Annotated[Any, RefusedUnless(False)] = None
-    tool_choice: Annotated[Any, RefusedUnless("none")] = None
-    tools: Annotated[Any, RefusedUnless([])] = None
     verbosity: Annotated[Any, RefusedUnless()] = None
     web_search_options: Annotated[Any, RefusedUnless()] = None
 
@@ -288,6 +294,9 @@ class TokenizeBody(Body):
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
     """A conversation as /v1/chat/completions takes it."""
+
+    tools: ToolList | None = None
+    """Functions that the model may call; only with `messages`."""
 
     add_special_tokens: bool | None = None
     """Whether a raw prompt gets what the model wants around a text; it does unless told not to."""

@@ -77,6 +77,7 @@ class WholeAnswer(Response):
                     output.text += "".join(delta.text for delta in gained)
                     for delta in gained:
                         output.logprobs += delta.logprobs
+                        output.calls += delta.calls
                         num_tokens += delta.num_new_tokens
                     output.finish_reason = gained[-1].finish_reason or output.finish_reason
             choices = [self._format.choice(i, output) for i, output in enumerate(outputs)]

@@ -12,7 +12,8 @@ import msgspec
 from router.errors import Refused
 from router.schema import DetokenizeBody, TokenizeBody
 from router.tokenizer import Tokenizer
-from router.translation import model_not_found, off_loop_if_long, rendered_messages
+from router.tool_calling import ToolCalling
+from router.translation import model_not_found, off_loop_if_long
 
 
 class TokenizeAnswer(msgspec.Struct, frozen=True):
@@ -37,10 +38,16 @@ class Tokenization:
     """Counts and translates tokens of the served model."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *, model: str, max_model_len: Callable[[], int]
+        self,
+        tokenizer: Tokenizer,
+        tool_calling: ToolCalling,
+        *,
+        model: str,
+        max_model_len: Callable[[], int],
     ) -> None:
         """`max_model_len` is asked for each answer; it may raise NodeUnavailable."""
         self._tokenizer = tokenizer
+        self._tool_calling = tool_calling
         self._model = model
         self._max_model_len = max_model_len
 
@@ -86,6 +93,8 @@ class Tokenization:
         if prompt is not None and messages is None:
             if body.add_generation_prompt is not None:
                 raise Refused("add_generation_prompt needs messages", field="add_generation_prompt")
+            if body.tools:
+                raise Refused("tools needs messages", field="tools")
             return await off_loop_if_long(
                 len(prompt),
                 lambda: self._tokenizer.encode(
@@ -99,11 +108,13 @@ class Tokenization:
                     "all special tokens",
                     field="add_special_tokens",
                 )
-            rendered = rendered_messages(messages)
+            chat = self._tool_calling.prompt(messages, body.tools)
             return await off_loop_if_long(
-                sum(len(m["content"]) for m in rendered),
+                chat.num_characters,
                 lambda: self._tokenizer.encode_chat(
-                    rendered, add_generation_prompt=body.add_generation_prompt is not False
+                    chat.messages,
+                    tools=chat.tools,
+                    add_generation_prompt=body.add_generation_prompt is not False,
                 ),
             )
         raise Refused("there must be either a prompt or messages; send one of them", field="prompt")

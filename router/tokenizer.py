@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.meta
 import tokenizers
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -36,6 +37,7 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _FIRST_MARKER, _LAST_MARKER = 0x100000, 0x10FFFD
 
 Message = Mapping[str, Any]
+Tool = Mapping[str, Any]
 
 
 class Tokenizer:
@@ -67,6 +69,7 @@ class Tokenizer:
         # Knows no special tokens, so that it reads their names as text.
         self._text_tokenizer = _load({**described, "added_tokens": []})
         added_tokens = self._tokenizer.get_added_tokens_decoder()
+        self._added_ids = frozenset(added_tokens)
         self._special_ids = frozenset(i for i, token in added_tokens.items() if token.special)
         tokens = {
             i: token for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items()
@@ -84,6 +87,8 @@ class Tokenizer:
         self._template = (
             None if chat_template is None else _template_environment().from_string(chat_template)
         )
+        self.chat_template = chat_template
+        """None if the model has none."""
 
         self.vocab_size = max(tokens) + 1
         """Every token id is below this."""
@@ -146,27 +151,44 @@ class Tokenizer:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
+    @property
+    def template_knows_tools(self) -> bool:
+        """Whether the chat template shows the model what tools there are."""
+        if self.chat_template is None:
+            return False
+        parsed = _template_environment().parse(self.chat_template)
+        return "tools" in jinja2.meta.find_undeclared_variables(parsed)
+
     def encode_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] | None = None,
+        add_generation_prompt: bool = True,
     ) -> list[int]:
         """Return the tokens of a conversation.
 
-        These are the tokens of `apply_chat_template`, except that names of special tokens in the
-        messages are encoded as text, as Hugging Face does with `sanitize_control_tokens`.
+        These are the tokens of `apply_chat_template`, except that names of special tokens in
+        messages and tools are encoded as text, as Hugging Face does with `sanitize_control_tokens`.
 
         Raises:
             RequestRejected: as `apply_chat_template`; field `messages`.
         """
+        tools_text = "".join(_strings_in(tools or ()))
+        _check_unicode(tools_text, field="tools")
         text = "".join(_strings_in(messages))
         _check_unicode(text, field="messages")
+        text += tools_text
         if not self._control_pattern.search(text):
             rendered = self.apply_chat_template(
-                messages, add_generation_prompt=add_generation_prompt
+                messages, tools=tools, add_generation_prompt=add_generation_prompt
             )
             return self._encode_rendered(rendered)
         start, end = _unused_markers(text)
         rendered = self.apply_chat_template(
-            self._marked(messages, start, end), add_generation_prompt=add_generation_prompt
+            self._marked(messages, start, end),
+            tools=self._marked(tools, start, end),
+            add_generation_prompt=add_generation_prompt,
         )
         # A template may cut a text between its markers: one that is left alone still separates.
         pieces = re.split(f"{start}({self._control_pattern.pattern}){end}|[{start}{end}]", rendered)
@@ -178,7 +200,11 @@ class Tokenizer:
         return ids
 
     def apply_chat_template(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] | None = None,
+        add_generation_prompt: bool = True,
     ) -> str:
         """Return the conversation as the text of a prompt, for people to read.
 
@@ -194,7 +220,7 @@ class Tokenizer:
         try:
             return self._template.render(
                 messages=messages,
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
@@ -218,6 +244,14 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         """Return whether `decode` leaves this token out."""
         return token_id in self._special_ids
+
+    def has_added_token(self, text: str) -> bool:
+        """Return whether `text` is one token that was added to the vocabulary, special or not."""
+        return self._tokenizer.token_to_id(text) in self._added_ids
+
+    def has_special_token(self, text: str) -> bool:
+        """Return whether `text` is the name of a token that `decode` leaves out."""
+        return self._tokenizer.token_to_id(text) in self._special_ids
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return what the token stands for: UTF-8, perhaps a part of a character.
@@ -250,7 +284,10 @@ class Tokenizer:
         if isinstance(value, str):
             return self._control_pattern.sub(lambda found: f"{start}{found[0]}{end}", value)
         if isinstance(value, Mapping):
-            return {key: self._marked(item, start, end) for key, item in value.items()}
+            return {
+                self._marked(key, start, end): self._marked(item, start, end)
+                for key, item in value.items()
+            }
         if isinstance(value, Sequence):
             return [self._marked(item, start, end) for item in value]
         return value
@@ -260,7 +297,7 @@ def _strings_in(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):
-        value = list(value.values())
+        value = [part for item in value.items() for part in item]
     if isinstance(value, Sequence):
         return [text for item in value for text in _strings_in(item)]
     return []

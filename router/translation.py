@@ -17,7 +17,6 @@ from orchestrator.core.request import SamplingParams
 from orchestrator.core.slo import PriorityClass, Slo
 from router.client_directory import Client
 from router.config import RouterConfig
-from router.conversation import Message
 from router.endpoints import EndpointPool
 from router.errors import Refused, cut
 from router.output_form import asked_grammar, form_field
@@ -31,6 +30,7 @@ from router.schema import (
 )
 from router.terms import agreed, max_wait_s
 from router.tokenizer import Tokenizer
+from router.tool_calling import OfferedTools, ToolCalling
 
 DEFAULT_COMPLETION_TOKENS = 16
 """What /v1/completions makes when not told; OpenAI's number."""
@@ -92,6 +92,9 @@ class GenerationPlan:
     """How long it may be without a node; None if nobody says."""
 
     stop: tuple[str, ...]
+    tools: OfferedTools | None
+    """What the answers may call; None if they are text."""
+
     is_stream: bool
     stream_options: StreamOptions
     arrival_s: float
@@ -143,13 +146,22 @@ class _WantedOutput:
     grammar: str | None
     """As in `SamplingParams`."""
 
+    tools: OfferedTools | None = None
+
 
 class Translator:
     """Makes plans of request bodies."""
 
-    def __init__(self, config: RouterConfig, tokenizer: Tokenizer, pool: EndpointPool) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        tokenizer: Tokenizer,
+        tool_calling: ToolCalling,
+        pool: EndpointPool,
+    ) -> None:
         self._config = config
         self._tokenizer = tokenizer
+        self._tool_calling = tool_calling
         self._pool = pool
 
     async def plan_chat(self, body: ChatCompletionBody, sender: Sender) -> GenerationPlan:
@@ -165,15 +177,17 @@ class Translator:
         )
         if body.top_logprobs is not None and not body.logprobs:
             raise Refused("top_logprobs needs logprobs to be true", field="top_logprobs")
+        tools = await self._tool_calling.offered(body)
         wanted = _WantedOutput(
             max_tokens=max_tokens,
             num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            grammar=await asked_grammar(body),
+            grammar=await asked_grammar(body) if tools is None else tools.grammar,
+            tools=tools,
         )
-        messages = rendered_messages(body.messages)
+        prompt = self._tool_calling.prompt(body.messages, None if tools is None else body.tools)
         token_ids = await off_loop_if_long(
-            sum(len(m["content"]) for m in messages),
-            lambda: self._tokenizer.encode_chat(messages),
+            prompt.num_characters,
+            lambda: self._tokenizer.encode_chat(prompt.messages, tools=prompt.tools),
         )
         return self._plan(body, [Prompt(tuple(token_ids))], sender, wanted)
 
@@ -226,7 +240,9 @@ class Translator:
                 field="n",
             )
         self._check_token_ids(body, prompts)
-        self._check_grammar(wanted.grammar, field=form_field(body))
+        self._check_grammar(
+            wanted.grammar, field=form_field(body) if wanted.tools is None else "tools"
+        )
         make_sampling = self._shared_sampling(body, wanted)
         return GenerationPlan(
             model=body.model,
@@ -248,6 +264,7 @@ class Translator:
             num_prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
             max_wait_s=self._config.default_max_wait_s if wait_s is None else wait_s,
             stop=body.stop_strings,
+            tools=wanted.tools,
             is_stream=bool(body.stream),
             stream_options=stream_options,
             arrival_s=sender.arrival_s,
@@ -367,12 +384,6 @@ def choice_seed(seed: int | None, choice: int) -> int:
         return seed
     digest = hashlib.blake2b(b"%d/%d" % (seed, choice), digest_size=8).digest()
     return int.from_bytes(digest) & MAX_SEED
-
-
-def rendered_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """Return the messages as chat templates know them."""
-    roles = {"developer": "system"}
-    return [{"role": roles.get(m.role, m.role), "content": m.text} for m in messages]
 
 
 def model_not_found(asked: str, *, served: str) -> Refused:

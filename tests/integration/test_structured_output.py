@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jsonschema
 import openai
 import pytest
-from openai.types.chat import ChatCompletionMessageParam
+from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolParam
 from openai.types.shared_params import ResponseFormatJSONSchema
 
 from tests.integration.deployments import Deployment
@@ -73,6 +73,59 @@ def test_answers_follow_the_schema(client: openai.OpenAI, temperature: Literal[0
     for text in texts:
         jsonschema.validate(json.loads(text), SCHEMA)
     assert len(set(texts)) == (2 if temperature else 1)
+
+
+def test_a_call_that_must_come_is_made(client: openai.OpenAI) -> None:
+    """Streamed, of one of two functions, and with its result sent back."""
+    year = SCHEMA["properties"]["year"]
+    schema: dict[str, object] = {
+        "type": "object",
+        "properties": {"year": year},
+        "required": ["year"],
+        "additionalProperties": False,
+    }
+    tools: list[ChatCompletionToolParam] = [
+        {"type": "function", "function": {"name": "describe", "parameters": schema}},
+        {"type": "function", "function": {"name": "give_up"}},
+    ]
+    with client.chat.completions.stream(
+        model=MODEL,
+        messages=MESSAGES,
+        tools=tools,
+        tool_choice={"type": "function", "function": {"name": "describe"}},
+        seed=1,
+        max_tokens=60,
+    ) as stream:
+        choice = stream.get_final_completion().choices[0]
+
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content is None
+    assert choice.message.tool_calls is not None
+    (call,) = choice.message.tool_calls
+    assert call.function.name == "describe"
+    jsonschema.validate(json.loads(call.function.arguments), schema)
+
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=[
+            *MESSAGES,
+            {
+                "role": "assistant",
+                "tool_calls": [
+                    {
+                        "id": call.id,
+                        "type": "function",
+                        "function": {"name": "describe", "arguments": call.function.arguments},
+                    }
+                ],
+            },
+            {"role": "tool", "tool_call_id": call.id, "content": "done"},
+        ],
+        tools=tools,
+        tool_choice="none",
+        max_tokens=4,
+    )
+    assert answer.choices[0].message.content
 
 
 @pytest.mark.parametrize("temperature", [0, 1])

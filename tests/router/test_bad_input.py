@@ -41,6 +41,30 @@ def nested(depth: int) -> dict[str, Any]:
     return schema
 
 
+RESULT = {"role": "tool", "tool_call_id": "c", "content": "x"}
+
+
+def called(arguments: Any) -> dict[str, Any]:
+    """Return a message of an assistant that calls a function."""
+    function = {"name": "f", "arguments": arguments}
+    return {
+        "role": "assistant",
+        "tool_calls": [{"id": "a", "type": "function", "function": function}],
+    }
+
+
+def tools(name: str = "f", **function: Any) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": name, **function}}]
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def long_schema() -> dict[str, Any]:
+    return {"type": "object", "description": "x" * 40_000}
+
+
 COMMON_CASES = [
     case(
         "unknown model",
@@ -217,10 +241,10 @@ CHAT_CASES = [
     case("message of a wrong type", {"messages": ["Hi"]}, "messages[0]", "'Hi'", "an object"),
     case(
         "unknown role",
-        {"messages": [{"role": "tool", "content": "x"}]},
+        {"messages": [{"role": "robot", "content": "x"}]},
         "messages[0].role",
-        "'tool'",
-        "'user'",
+        "'robot'",
+        "'user', 'assistant' or 'tool'",
     ),
     case(
         "no content",
@@ -257,8 +281,115 @@ CHAT_CASES = [
         "messages[0].mood",
         "unknown parameter",
     ),
-    case("tools", {"tools": [{}]}, "tools", "not supported", code="unsupported_parameter"),
-    case("tool choice", {"tool_choice": "auto"}, "tool_choice", "not supported"),
+    case(
+        "an answer without anything",
+        {"messages": [USER, {"role": "assistant", "tool_calls": []}]},
+        "messages[1].content",
+        "tool_calls",
+        code="missing_required_parameter",
+    ),
+    case(
+        "a result of nothing",
+        {"messages": [RESULT]},
+        "messages[0].tool_call_id",
+        "a message before",
+    ),
+    case(
+        "a result without an id",
+        {"messages": [{"role": "tool", "content": "x"}]},
+        "messages[0].tool_call_id",
+        "required",
+    ),
+    case(
+        "arguments that are no text",
+        {"messages": [called({})]},
+        "messages[0].tool_calls[0].function.arguments",
+        "an object",
+        "a string",
+    ),
+    case(
+        "arguments outside of JSON",
+        {"messages": [called("{")]},
+        "messages[0].tool_calls[0].function.arguments",
+        "a JSON object",
+    ),
+    case(
+        "arguments unlike an object",
+        {"messages": [called("[1]")]},
+        "messages[0].tool_calls[0].function.arguments",
+        "a JSON object",
+    ),
+    case(
+        "arguments of great depth",
+        {"messages": [called('{"a":' + "[" * 9999)]},
+        "messages[0].tool_calls[0].function.arguments",
+        "a JSON object",
+    ),
+    case("tool without a type", {"tools": [{}]}, "tools[0].type", "required"),
+    case("tool of another type", {"tools": [{"type": "custom"}]}, "tools[0].type", "'function'"),
+    case("tool with a bad name", {"tools": tools(name="a b")}, "tools[0].function.name", "'a b'"),
+    case("tool with an unknown field", {"tools": tools(mood="glad")}, "tools[0].function.mood"),
+    case("too many tools", {"tools": tools() * 129}, "tools", "129", "at most 128"),
+    case("a tool twice", {"tools": tools() * 2}, "tools", "'f' twice", code="contradiction"),
+    case("unknown tool choice", {"tools": tools(), "tool_choice": "any"}, "tool_choice", "'any'"),
+    case(
+        "tool choice as number", {"tools": tools(), "tool_choice": 1}, "tool_choice", "'required'"
+    ),
+    case(
+        "choice of an absent tool",
+        {"tools": tools(), "tool_choice": named("g")},
+        "tool_choice",
+        "'g'",
+        "tools has f",
+    ),
+    case("tool choice alone", {"tool_choice": "auto"}, "tool_choice", "needs tools"),
+    case(
+        "parallel calls alone", {"parallel_tool_calls": True}, "parallel_tool_calls", "needs tools"
+    ),
+    case(
+        "tools and a form",
+        {"tools": tools(), "response_format": {"type": "json_object"}},
+        "response_format",
+        "combined with tools",
+        code="contradiction",
+    ),
+    case(
+        "tools and a regex",
+        {"tools": tools(), "guided_regex": "a"},
+        "guided_regex",
+        "combined with tools",
+        code="contradiction",
+    ),
+    case(
+        "a call that never ends",
+        {"tools": tools(), "tool_choice": "required", "ignore_eos": True},
+        "ignore_eos",
+        "tools",
+    ),
+    case(
+        "unusable parameters",
+        {"tools": tools(parameters={"type": "object", "not": {}}), "tool_choice": "required"},
+        "tools[0].function.parameters",
+        "not",
+    ),
+    case(
+        "unusable parameters of a list",
+        {"tools": tools(parameters={"type": "array"}), "tool_choice": "required"},
+        "tools[0].function.parameters.type",
+        "'object'",
+    ),
+    case(
+        "unusable parameters together",
+        {
+            "tools": [
+                *tools(name="a", parameters=long_schema()),
+                *tools(name="b", parameters=long_schema()),
+            ],
+            "tool_choice": "required",
+        },
+        "tools",
+        "65,536",
+    ),
     case("storing", {"store": True}, "store", "not supported"),
     case("service tier", {"service_tier": "priority"}, "service_tier", "not supported"),
     case("alternatives without logprobs", {"top_logprobs": 2}, "top_logprobs", "logprobs"),

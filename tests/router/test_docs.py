@@ -79,6 +79,7 @@ def test_the_commands_work(start_router: RouterFactory, node: FakeNode) -> None:
     blocks = re.findall(r"```console\n(.*?)```", PAGE, flags=re.S)
     commands = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
 
+    node.max_model_len = 4096
     with start_router([(node.endpoint_id, node.url)]) as router:
         for command in commands:
             here = command.replace("http://127.0.0.1:8000", router.url)
@@ -92,8 +93,8 @@ def test_the_commands_work(start_router: RouterFactory, node: FakeNode) -> None:
             )
             assert done.returncode == 0, (command, done.stdout, done.stderr)
 
-    assert len(commands) == 5
+    assert len(commands) == 6
     assert node.requests[1].priority_class == "high"
     assert {r.priority_class for r in node.requests[2:6]} == {"low"}
-    assert node.requests[6].sampling.grammar is not None
-    assert len(node.requests) == 2 + 4 + 1
+    assert all(request.sampling.grammar is not None for request in node.requests[6:])
+    assert len(node.requests) == 2 + 4 + 2

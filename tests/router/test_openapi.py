@@ -24,6 +24,8 @@ FOUND_OUT_LATER = re.compile(
     r"unknown model|max_tokens over|newer limit|prompt too long|n too high|too many sequences"
     r"|token outside|empty prompt|an empty one of several|mixed prompt"
     r"|unusable|schema missing|schema of another form"
+    r"|an answer without anything|a result of nothing|arguments (?:outside|unlike|of great)"
+    r"|a tool twice|choice of an absent|(?:choice|calls) alone|tools and a|a call that never"
     r"|bias of|priority$|two limits|options alone|without usage|without logprobs|echo with"
 )
 """Cases whose mistake depends on the model, the configuration or another field."""

@@ -42,6 +42,19 @@ def test_a_conversation_has_the_tokens_of_its_chat(router: RunningRouter, node: 
     assert answer.json()["tokens"] == list(node.requests[0].prompt_token_ids)
 
 
+def test_tools_are_a_part_of_a_conversation(quiet_router: RunningRouter) -> None:
+    tools = [{"type": "function", "function": {"name": "clock"}}]
+
+    alone = tokenize(quiet_router, messages=MESSAGES).json()
+    with_tools = tokenize(quiet_router, messages=MESSAGES, tools=tools).json()
+    refused = tokenize(quiet_router, prompt="Hi", tools=tools).json()["error"]
+
+    shown = detokenize(quiet_router, tokens=with_tools["tokens"]).json()["prompt"]
+    assert '"name": "clock"' in shown
+    assert with_tools["count"] > alone["count"]
+    assert (refused["param"], refused["message"]) == ("tools", "tools needs messages")
+
+
 def test_a_conversation_may_be_told_without_the_beginning_of_an_answer(
     quiet_router: RunningRouter,
 ) -> None:

@@ -178,6 +178,27 @@ def test_templates_have_the_tools_that_hugging_face_gives_them(
     )
 
 
+def test_tools_and_calls_are_rendered_as_hugging_face_does(tmp_path: Path, reference: Any) -> None:
+    template = (
+        "{% if tools %}{% for t in tools %}{{ t | tojson }}{% endfor %}{% endif %}"
+        "{% for m in messages %}{{ m.role }}{{ m.content }}{% for c in m.tool_calls %}"
+        "<tool_call>{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+    )
+    function = {"name": "f", "description": "é<", "parameters": {"type": "object"}}
+    tools = [{"type": "function", "function": function}]
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": [1, None]}}}
+    messages = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    tokenizer = with_template(tmp_path, template)
+
+    rendered = tokenizer.apply_chat_template(messages, tools=tools)
+
+    assert tokenizer.template_knows_tools
+    assert not with_template(tmp_path, "{% set tools = 1 %}{{ tools }}").template_knows_tools
+    assert rendered == reference.apply_chat_template(
+        messages, tools=tools, chat_template=template, tokenize=False
+    )
+
+
 @pytest.mark.parametrize(
     ("template", "message", "reason"),
     [
