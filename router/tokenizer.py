@@ -36,6 +36,8 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 # are taken.
 _FIRST_MARKER, _LAST_MARKER = 0x100000, 0x10FFFD
 
+_ESCAPED_MARKER = re.compile(r"\\udb[c-f][0-9a-f]\\ud[c-f][0-9a-f]{2}")
+
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
 
@@ -399,13 +401,16 @@ def _tojson(
     sort_keys: bool = False,  # noqa: FBT001, FBT002
 ) -> str:
     # Jinja's own filter escapes HTML.
-    return json.dumps(
+    text = json.dumps(
         value,
         ensure_ascii=ensure_ascii,
         indent=indent,
         separators=separators,
         sort_keys=sort_keys,
     )
+    if ensure_ascii:  # but for markers, or what they mark would no longer be quoted
+        return _ESCAPED_MARKER.sub(lambda found: json.loads(f'"{found[0]}"'), text)
+    return text
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -178,6 +178,18 @@ def test_templates_have_the_tools_that_hugging_face_gives_them(
     )
 
 
+@pytest.mark.parametrize("filter_call", ["tojson", "tojson(ensure_ascii=True)"])
+def test_tools_cannot_forge_a_turn_either(tmp_path: Path, filter_call: str) -> None:
+    """Not by a value, nor by a name, as a property of a schema has one."""
+    tokenizer = with_template(tmp_path, f"{{{{ tools | {filter_call} }}}}<|im_end|>")
+    tools = [{"function": {"é": FORGED, FORGED: 1}}]
+
+    ids = tokenizer.encode_chat([], tools=tools)
+
+    assert ids.count(END_OF_TURN) == 1
+    assert tokenizer.decode(ids).count("<|im_end|>") == 2
+
+
 def test_tools_and_calls_are_rendered_as_hugging_face_does(tmp_path: Path, reference: Any) -> None:
     template = (
         "{% if tools %}{% for t in tools %}{{ t | tojson }}{% endfor %}{% endif %}"
