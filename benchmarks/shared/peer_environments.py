@@ -25,12 +25,12 @@ def install(name: str, requirements: Sequence[str]) -> Path:
     stamp, wanted = directory / ".installed", "\n".join(requirements)
     if stamp.exists() and stamp.read_text() == wanted:
         return directory / "bin"
-    pip = [directory / "bin/python", "-m", "pip", "install", "--quiet"]
+    pip = [str(directory / "bin/python"), "-m", "pip", "install", "--quiet"]
     for command in (
-        [sys.executable, "-m", "venv", "--clear", directory],
+        [sys.executable, "-m", "venv", "--clear", str(directory)],
         [*pip, "--disable-pip-version-check", *requirements],
     ):
-        print(" ".join(map(str, command)), file=sys.stderr)
+        print(" ".join(command), file=sys.stderr)
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode != 0:
             last = (result.stderr.strip() or "no message").splitlines()[-1]
