@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 
-from orchestrator.core.kv_state import KVBlockCounts
+from orchestrator.core.ports import EngineCapabilities, SchedulerLoad
 from orchestrator.core.request import FinishReason
 from orchestrator.wire import LoadReport, StepReport
 
@@ -25,6 +25,12 @@ class NodeMetrics:
             registry=registry,
         )
         self._requests = {reason: requests.labels(reason.value) for reason in FinishReason}
+        self._class_requests = Counter(
+            "proserve_node_class_requests_total",
+            "Requests of each priority class that ended, by finish reason.",
+            ["priority_class", "finish_reason"],
+            registry=registry,
+        )
         running = Gauge(
             "proserve_node_open_requests",
             "Requests on the node, by state: running ones hold KV blocks.",
@@ -85,9 +91,10 @@ class NodeMetrics:
         )
         self._urgent, self._normal = side.labels("urgent"), side.labels("normal")
 
-    def request_ended(self, reason: FinishReason) -> None:
+    def request_ended(self, reason: FinishReason, *, priority_class: str) -> None:
         """Count a request's end."""
         self._requests[reason].inc()
+        self._class_requests.labels(priority_class, reason.value).inc()
 
     def step_done(self, report: StepReport) -> None:
         """Count a step."""
@@ -108,13 +115,18 @@ class NodeMetrics:
             if report.predicted_step_s is not None:
                 self._step_error.observe((report.predicted_step_s - report.step_s) / report.step_s)
 
-    def render(self, load: LoadReport | None) -> bytes:
-        """Return the Prometheus text, with the gauges of `load`."""
+    def render(
+        self, load: LoadReport | None, capabilities: EngineCapabilities | None = None
+    ) -> bytes:
+        """Return the Prometheus text, with the gauges of `load` and the size of the cache; either
+        is None while the engine has not told it."""
+        if capabilities is not None:
+            self._kv.describe(capabilities)
         if load is not None:
             now = load.load
             self._running.set(now.num_running)
             self._waiting.set(now.num_waiting)
-            self._kv.show(now.kv_blocks)
+            self._kv.show(now)
         return generate_latest(self.registry)
 
 
@@ -137,6 +149,16 @@ class KVMetrics:
                 ("copying", "out"), ("copying", "in"),
             )
         }  # fmt: skip
+        self._usage = Gauge(
+            "proserve_node_kv_usage_fraction",
+            "KV cache blocks of the device that a new request could not have, of all; 0 to 1.",
+            registry=registry,
+        )
+        self._pool = Info(
+            "proserve_node_kv_cache",
+            "Size of the device's KV cache; block_size is in tokens.",
+            registry=registry,
+        )
         copied = Counter(
             "proserve_node_kv_copied_bytes_total",
             "KV cache copied, by direction: offload is to the host, onboard is back.",
@@ -172,7 +194,18 @@ class KVMetrics:
         self._exposed_s.inc(copies.exposed_s)
         self._hidden_s.inc(max(0.0, copies.copy_s - copies.exposed_s))
 
-    def show(self, counts: KVBlockCounts) -> None:
+    def describe(self, capabilities: EngineCapabilities) -> None:
+        """Tell the size of the cache, under the labels that endpoint pickers look for."""
+        self._pool.info(
+            {
+                "block_size": str(capabilities.block_size_tokens),
+                "num_gpu_blocks": str(capabilities.num_device_blocks),
+            }
+        )
+
+    def show(self, load: SchedulerLoad) -> None:
         """Set the gauges."""
         for name, gauge in self._blocks.items():
-            gauge.set(getattr(counts, name))
+            gauge.set(getattr(load.kv_blocks, name))
+        if load.num_device_blocks > 0:
+            self._usage.set(1 - load.num_free_device_blocks / load.num_device_blocks)

@@ -81,7 +81,8 @@ class NodeService:
         if body.resume_from is not None:
             check_resume_point(spec, body.resume_from)
         arrival_s = time.monotonic() - body.elapsed_s
-        return self._counted(self.executor.generate(spec, arrival_s, body.resume_from))
+        events = self.executor.generate(spec, arrival_s, body.resume_from)
+        return self._counted(events, priority_class=spec.priority_class)
 
     def snapshot(self) -> NodeSnapshot:
         """Return what the node holds now.
@@ -118,7 +119,7 @@ class NodeService:
             await asyncio.sleep(SNAPSHOT_PAUSE_S)
 
     async def _counted(
-        self, generated: AsyncGenerator[RequestEvent]
+        self, generated: AsyncGenerator[RequestEvent], *, priority_class: str
     ) -> AsyncGenerator[RequestEvent]:
         reason = FinishReason.ABORT  # if the client leaves before the end
         try:
@@ -127,7 +128,7 @@ class NodeService:
                     reason = event.finish_reason or reason
                     yield event
         finally:
-            self.metrics.request_ended(reason)
+            self.metrics.request_ended(reason, priority_class=priority_class)
 
 
 class TokenEventsResponse(Response):
@@ -256,7 +257,10 @@ def create_node_app(service: NodeService) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        text = await asyncio.to_thread(service.metrics.render, service.executor.last_load)
+        ready = service.executor.ready
+        text = await asyncio.to_thread(
+            service.metrics.render, service.executor.last_load, ready and ready.capabilities
+        )
         return Response(text, media_type="text/plain; version=0.0.4")
 
     return app
