@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
 from typing import TypeVar
 
+import msgspec
+
 from orchestrator.core.ports import Clock
 from orchestrator.core.slo import GainWeights, Slo, token_deadline_s
 from orchestrator.wire import GenerateRequest
@@ -18,7 +20,7 @@ from router.dispatch import Dispatcher
 from router.metrics import ClassMetrics, ClientMetrics, RouterMetrics
 from router.open_requests import OpenRequests
 from router.output import Assembler, OutputAssembler, OutputDelta, ToolCallAssembler
-from router.responses import Usage
+from router.responses import ServingSummary, Usage
 from router.tokenizer import Tokenizer
 from router.translation import GenerationPlan, SequencePlan
 
@@ -57,6 +59,8 @@ class Generation:
         self._class_metrics = tools.metrics.of_class(plan.priority_class.name)
         self._class_metrics.prompt_tokens.inc(plan.num_prompt_tokens)
         self._client_metrics = record.client_metrics
+        self._meters: dict[int, SequenceMeter] = {}
+        self._used_nodes: list[list[str]] = [[] for _ in plan.sequences]
         if self._client_metrics is not None:
             self._client_metrics.prompt_tokens.inc(plan.num_prompt_tokens)
         record.accept(completion_id, plan, lease)
@@ -67,6 +71,17 @@ class Generation:
         return Usage(
             num_prompt_tokens, num_completion_tokens, num_prompt_tokens + num_completion_tokens
         )
+
+    def final_usage(self, num_completion_tokens: int) -> Usage:
+        """Return `usage` at the end of all `deltas`, with the summary if it was asked for."""
+        usage = self.usage(num_completion_tokens)
+        if not self._plan.has_serving_summary:
+            return usage
+        summary = tuple(
+            meter.summary(index, self._used_nodes[index])
+            for index, meter in sorted(self._meters.items())
+        )
+        return msgspec.structs.replace(usage, serving_summary=summary)
 
     def until_shutdown(self) -> AbstractContextManager[None]:
         """Return what to read `deltas` in: `OpenRequests.until_shutdown`."""
@@ -85,7 +100,7 @@ class Generation:
         request = self._node_request(index)
         routing = plan.routing_request(index, request_id=request.request_id)
         assembler = self._assembler(sequence)
-        meter = SequenceMeter(
+        meter = self._meters[index] = SequenceMeter(
             self._class_metrics,
             plan.slo,
             weight=plan.priority_class.weight,
@@ -94,7 +109,7 @@ class Generation:
         )
         place = self._lease.places[index]
         batches = self._tools.dispatcher.generate(
-            routing, request, self._record.endpoint_ids, max_wait_s=plan.max_wait_s
+            routing, request, self._used_nodes[index], max_wait_s=plan.max_wait_s
         )
         try:
             async with aclosing(batches):
@@ -114,6 +129,7 @@ class Generation:
         finally:
             place.leave()
             meter.close()
+            self._record.endpoint_ids += self._used_nodes[index]
 
     def _assembler(self, sequence: SequencePlan) -> Assembler:
         assembler = OutputAssembler(
@@ -158,6 +174,8 @@ class SequenceMeter:
         self._weight = weight
         self._arrival_s = arrival_s
         self._num_tokens = 0
+        self._num_on_time = 0
+        self._first_token_s = 0.0
         self._last_token_s = 0.0
         self._gain_captured = 0.0
         self._gain_possible = 0.0
@@ -166,13 +184,16 @@ class SequenceMeter:
         """Count tokens that came together."""
         for _ in range(num_new_tokens):
             if self._num_tokens == 0:
+                self._first_token_s = now_s
                 self._metrics.ttft.observe(now_s - self._arrival_s)
             else:
                 self._metrics.inter_token.observe(now_s - self._last_token_s)
             gain = self._weight * _GAIN_WEIGHTS.of_token(self._num_tokens)
             due_s = token_deadline_s(self._slo, self._num_tokens, arrival_s=self._arrival_s)
             self._gain_possible += gain
-            self._gain_captured += gain if now_s < due_s else 0.0
+            if now_s < due_s:
+                self._num_on_time += 1
+                self._gain_captured += gain
             self._num_tokens += 1
             self._last_token_s = now_s
 
@@ -185,6 +206,31 @@ class SequenceMeter:
                 metrics.completion_tokens.inc(self._num_tokens)
                 metrics.gain_captured.inc(self._gain_captured)
                 metrics.gain_possible.inc(self._gain_possible)
+
+    def summary(self, index: int, nodes: Sequence[str]) -> ServingSummary:
+        """Return what a client may know of the sequence, its choice `index`, which has ended after
+        it was sent to `nodes`."""
+        ttft_s = self._first_token_s - self._arrival_s if self._num_tokens > 0 else None
+        later_s, num_later = self._last_token_s - self._first_token_s, self._num_tokens - 1
+        tpot_s = later_s / num_later if num_later > 0 else None
+        return ServingSummary(
+            index=index,
+            tokens=self._num_tokens,
+            tokens_on_time=self._num_on_time,
+            ttft_ms=_milliseconds(ttft_s),
+            mean_tpot_ms=_milliseconds(tpot_s),
+            objectives_met=ttft_s is not None
+            and ttft_s < self._slo.ttft_s
+            and (tpot_s is None or tpot_s < self._slo.tpot_s),
+            service_gain=self._gain_captured,
+            possible_service_gain=self._gain_possible,
+            node=nodes[-1],
+            retries=len(nodes) - 1,
+        )
+
+
+def _milliseconds(duration_s: float | None) -> float | None:
+    return None if duration_s is None else round(duration_s * 1000, 3)
 
 
 async def merged(

@@ -17,12 +17,41 @@ LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot say; the number that OpenAI uses."""
 
 
+class ServingSummary(msgspec.Struct, frozen=True):
+    """How one answer was served, as its tokens reached the router."""
+
+    index: int
+    """Of the choice."""
+
+    tokens: int
+    tokens_on_time: int
+    ttft_ms: float | None
+    """From the request's arrival to the first token; null if there was none."""
+
+    mean_tpot_ms: float | None
+    """Per token after the first; null if there was none."""
+
+    objectives_met: bool
+    """Whether both times are below what was promised."""
+
+    service_gain: float
+    possible_service_gain: float
+    """Had all its tokens been on time."""
+
+    node: str
+    """The one that finished it."""
+
+    retries: int
+    """How often it was sent on to another node, because one had failed."""
+
+
 class Usage(msgspec.Struct, frozen=True):
     """Tokens of a request."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    serving_summary: tuple[ServingSummary, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class TopLogprob(msgspec.Struct, frozen=True):

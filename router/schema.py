@@ -201,6 +201,9 @@ class GenerationBody(Body):
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASED_TOKENS)] | None = None
     """What is added to the logits of tokens, by token id."""
 
+    serving_summary: bool | None = None
+    """Tell in `usage` how each answer was served; a stream has to ask for `usage` too."""
+
     user: str | None = None
     """Whose request it is: only requests of the same user share the KV of equal beginnings."""
 

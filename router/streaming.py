@@ -86,7 +86,7 @@ class WholeAnswer(Response):
                     self._head,
                     self._format.answer_object,
                     choices,
-                    self._generation.usage(num_tokens),
+                    self._generation.final_usage(num_tokens),
                 )
             )
             await Response(body, media_type=self.media_type)(scope, receive, send)
@@ -165,7 +165,7 @@ class EventStream(Response):
         done = b"data: [DONE]\n\n"
         if not self._options.include_usage:
             return done
-        return _event(self._answer((), self._generation.usage(self._num_tokens))) + done
+        return _event(self._answer((), self._generation.final_usage(self._num_tokens))) + done
 
     def _chunk_usage(self) -> Usage | msgspec.UnsetType | None:
         if not self._options.include_usage:

@@ -97,6 +97,7 @@ class GenerationPlan:
 
     is_stream: bool
     stream_options: StreamOptions
+    has_serving_summary: bool
     arrival_s: float
     demoted_to: PriorityClass | None = None
     """What nodes are told in place of `priority_class`, for a request that is served without
@@ -221,14 +222,7 @@ class Translator:
         sender: Sender,
         wanted: _WantedOutput,
     ) -> GenerationPlan:
-        if body.stream_options is not None and not body.stream:
-            raise Refused("stream_options needs stream to be true", field="stream_options")
-        stream_options = body.stream_options or StreamOptions()
-        if stream_options.continuous_usage_stats and not stream_options.include_usage:
-            raise Refused(
-                "stream_options.continuous_usage_stats needs include_usage to be true",
-                field="stream_options.continuous_usage_stats",
-            )
+        stream_options = _stream_options(body)
         priority_class, slo = sender.client.terms.of(body, sender.headers)
         wait_s = max_wait_s(body, sender.headers)
         num_choices = body.n or 1
@@ -267,6 +261,7 @@ class Translator:
             tools=wanted.tools,
             is_stream=bool(body.stream),
             stream_options=stream_options,
+            has_serving_summary=bool(body.serving_summary),
             arrival_s=sender.arrival_s,
         )
 
@@ -370,6 +365,24 @@ class Translator:
             grammar=wanted.grammar,
             num_logprobs=wanted.num_logprobs,
         )
+
+
+def _stream_options(body: GenerationBody) -> StreamOptions:
+    if body.stream_options is not None and not body.stream:
+        raise Refused("stream_options needs stream to be true", field="stream_options")
+    options = body.stream_options or StreamOptions()
+    if options.continuous_usage_stats and not options.include_usage:
+        raise Refused(
+            "stream_options.continuous_usage_stats needs include_usage to be true",
+            field="stream_options.continuous_usage_stats",
+        )
+    if body.serving_summary and body.stream and not options.include_usage:
+        raise Refused(
+            "serving_summary is part of usage, which a stream has only with "
+            "stream_options.include_usage",
+            field="serving_summary",
+        )
+    return options
 
 
 def choice_seed(seed: int | None, choice: int) -> int:

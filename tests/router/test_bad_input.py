@@ -137,6 +137,12 @@ COMMON_CASES = [
         "stream_options.continuous_usage_stats",
         "include_usage",
     ),
+    case(
+        "summary without usage",
+        {"stream": True, "serving_summary": True},
+        "serving_summary",
+        "include_usage",
+    ),
     case("form of a wrong type", {"response_format": "json"}, "response_format", "an object"),
     case(
         "unknown form",

@@ -10,6 +10,7 @@ from orchestrator.core.slo import Slo
 from orchestrator.wire import TokenEvent
 from router.generation import SequenceMeter
 from router.metrics import RouterMetrics
+from router.responses import ServingSummary
 from router.tokenizer import Tokenizer
 from tests.router.conftest import RunningRouter
 from tests.router.fake_node import Drop, FakeNode, saying
@@ -47,6 +48,53 @@ def test_gain_is_earned_by_each_token_before_its_deadline() -> None:
     )
     assert value_of(metrics, "proserve_router_inter_token_seconds_count") == 3
     assert value_of(metrics, "proserve_router_inter_token_seconds_sum") == pytest.approx(1.6)
+
+
+def test_a_summary_says_what_became_of_the_promise() -> None:
+    """Due at 11, 11.5, 12 and 12.5; the third token is late. The three after the first take 1.4 s
+    together, 466.667 ms each, so that both objectives are met."""
+    meter = SequenceMeter(
+        RouterMetrics().of_class("high"), Slo(ttft_s=1.0, tpot_s=0.5), weight=4.0, arrival_s=10.0
+    )
+    for now_s in (10.9, 11.4, 12.1, 12.3):
+        meter.receive(1, now_s)
+
+    assert meter.summary(1, ["node-0", "node-2"]) == ServingSummary(
+        index=1,
+        tokens=4,
+        tokens_on_time=3,
+        ttft_ms=900.0,
+        mean_tpot_ms=466.667,
+        objectives_met=True,
+        service_gain=12.0,
+        possible_service_gain=16.0,
+        node="node-2",
+        retries=1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("token_times_s", "has_met"),
+    [
+        ((), False),
+        ((0.9,), True),
+        ((1.0,), False),
+        ((0.9, 1.3), True),
+        ((0.9, 1.5), False),
+        ((0.2, 0.8), False),
+    ],
+)
+def test_objectives_are_met_by_the_first_token_and_the_mean_of_the_others(
+    token_times_s: tuple[float, ...], *, has_met: bool
+) -> None:
+    """The same as in `orchestrator.core.gain`: strictly below 1 s, and 0.5 s on average."""
+    meter = SequenceMeter(
+        RouterMetrics().of_class("high"), Slo(ttft_s=1.0, tpot_s=0.5), weight=1.0, arrival_s=0.0
+    )
+    for now_s in token_times_s:
+        meter.receive(1, now_s)
+
+    assert meter.summary(0, ["node-0"]).objectives_met is has_met
 
 
 def test_a_sequence_without_a_token_has_missed_its_first_ones_gain() -> None:

@@ -76,6 +76,30 @@ def test_streamed_chat_with_usage(client: openai.OpenAI) -> None:
     assert chunks[-1].usage.completion_tokens == 3
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_summary_of_how_it_was_served_is_an_extra_of_usage(
+    client: openai.OpenAI, *, stream: bool
+) -> None:
+    """Class `normal` has weight 2, and the answer three tokens."""
+    body = {"serving_summary": True, "stream": stream}
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+
+    answer = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "Hi"}], extra_body=body, stream=stream
+    )
+
+    usage = (list(answer)[-1] if isinstance(answer, openai.Stream) else answer).usage
+    assert usage is not None
+    assert usage.completion_tokens == 3
+    assert usage.model_extra is not None
+    (summary,) = usage.model_extra["serving_summary"]
+    assert summary["tokens"] == summary["tokens_on_time"] == 3
+    assert summary["service_gain"] == summary["possible_service_gain"] == 6.0
+    assert summary["objectives_met"]
+    assert (summary["node"], summary["retries"]) == ("node-0", 0)
+
+
 def test_the_packages_own_stream_helper(client: openai.OpenAI) -> None:
     with client.chat.completions.stream(
         model="tiny", messages=[{"role": "user", "content": "Hi"}]

@@ -126,7 +126,11 @@ def test_answers_are_as_it_says(
     node.script = with_logprobs
     chat: dict[str, Any] = {"logprobs": num_tops is not None, "top_logprobs": num_tops}
     completion = {"logprobs": num_tops}
-    stream = {"stream": True, "stream_options": {"include_usage": True}}
+    stream = {
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "serving_summary": num_tops is not None,
+    }
 
     answers = {
         "ChatCompletion": [router.chat(**chat).json()],

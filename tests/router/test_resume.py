@@ -194,9 +194,13 @@ def test_every_answer_of_a_request_goes_on(start_router: RouterFactory, tokens: 
         nodes_running(*trio(script)) as addresses,
         start_router(addresses, **FORGIVING) as router,
     ):
-        choices = router.complete(n=3, max_tokens=99).json()["choices"]
+        answer = router.complete(n=3, max_tokens=99, serving_summary=True).json()
 
-    assert [choice["text"] for choice in choices] == [TEXT] * 3
+    assert [choice["text"] for choice in answer["choices"]] == [TEXT] * 3
+    summaries = answer["usage"]["serving_summary"]
+    assert [(s["index"], s["retries"], s["tokens"]) for s in summaries] == [
+        (index, 1, len(tokens)) for index in range(3)
+    ]
 
 
 def test_how_a_connection_ends_behind_the_last_token_does_not_matter(
