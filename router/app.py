@@ -346,7 +346,10 @@ def _add_information_routes(app: FastAPI, service: RouterService) -> None:
     async def metrics() -> Response:
         obstacles = service.pool.obstacles(service.clock.now_s())
         text = await asyncio.to_thread(
-            service.metrics.render, obstacles, num_waiting=service.admission.num_waiting
+            service.metrics.render,
+            obstacles,
+            num_waiting=service.admission.num_waiting,
+            num_sequences=service.pool.num_sequences(),
         )
         return Response(text, media_type=CONTENT_TYPE)
 

@@ -126,19 +126,7 @@ class RouterMetrics:
             "proserve_router_client_disconnects_total",
             "Accepted requests whose client left before the end.",
         )
-        self._upstream_errors = Counter(
-            "proserve_router_upstream_errors_total",
-            "Sequences that a node did not take or did not finish.",
-            ("endpoint_id",),
-            registry=registry,
-        )
         self.failover = FailoverMetrics(registry)
-        self._endpoint_usable = Gauge(
-            "proserve_router_endpoint_usable",
-            "1 if the node may be sent requests now.",
-            ("endpoint_id",),
-            registry=registry,
-        )
         self._first_tokens_predicted = Counter(
             "proserve_router_first_tokens_predicted_total",
             "First tokens of sequences sent to a node, by what the routing policy expected and by "
@@ -147,11 +135,33 @@ class RouterMetrics:
             registry=registry,
         )
         self.first_tokens_predicted = cache(self._first_tokens_predicted.labels)
+        self._declare_endpoint_metrics()
         self._declare_client_metrics()
         self.of_class = cache(lambda name: ClassMetrics(self, name))
         self.of_client = cache(lambda name: ClientMetrics(self, name))
         self.requests = cache(self._requests.labels)
         self.upstream_errors = cache(self._upstream_errors.labels)
+
+    def _declare_endpoint_metrics(self) -> None:
+        """Declare what is counted by node."""
+        self._upstream_errors = Counter(
+            "proserve_router_upstream_errors_total",
+            "Sequences that a node did not take or did not finish.",
+            ("endpoint_id",),
+            registry=self._registry,
+        )
+        self._endpoint_usable = Gauge(
+            "proserve_router_endpoint_usable",
+            "1 if the node may be sent requests now.",
+            ("endpoint_id",),
+            registry=self._registry,
+        )
+        self._endpoint_sequences = Gauge(
+            "proserve_router_endpoint_sequences",
+            "Sequences that this router has sent to the node and that have not ended.",
+            ("endpoint_id",),
+            registry=self._registry,
+        )
 
     def _declare_client_metrics(self) -> None:
         """Declare what is counted by client; only names of the clients file become labels."""
@@ -209,13 +219,21 @@ class RouterMetrics:
         self.demotions = cache(self._demotions.labels)
         self.clients_reloads = cache(self._clients_reloads.labels)
 
-    def render(self, obstacles: Mapping[str, str | None], *, num_waiting: int) -> bytes:
+    def render(
+        self,
+        obstacles: Mapping[str, str | None],
+        *,
+        num_waiting: int,
+        num_sequences: Mapping[str, int] | None = None,
+    ) -> bytes:
         """Return everything as Prometheus text; takes milliseconds, so call it in a thread.
 
         `obstacles` says for each node why it cannot be used now, None if it can; `num_waiting`
-        sequences have no token yet.
+        sequences have no token yet; each node has `num_sequences` that have not ended.
         """
         self._waiting.set(num_waiting)
+        for endpoint_id, number in (num_sequences or {}).items():
+            self._endpoint_sequences.labels(endpoint_id).set(number)
         for endpoint_id, obstacle in obstacles.items():
             self._endpoint_usable.labels(endpoint_id).set(obstacle is None)
         return generate_latest(self._registry)
