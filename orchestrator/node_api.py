@@ -259,7 +259,9 @@ def create_node_app(service: NodeService) -> FastAPI:
     async def metrics() -> Response:
         ready = service.executor.ready
         text = await asyncio.to_thread(
-            service.metrics.render, service.executor.last_load, ready and ready.capabilities
+            service.metrics.render,
+            service.executor.last_load,
+            None if ready is None else ready.capabilities,
         )
         return Response(text, media_type="text/plain; version=0.0.4")
 

@@ -81,9 +81,7 @@ def test_a_summary_of_how_it_was_served_is_an_extra_of_usage(
     client: openai.OpenAI, *, stream: bool
 ) -> None:
     """Class `normal` has weight 2, and the answer three tokens."""
-    body = {"serving_summary": True, "stream": stream}
-    if stream:
-        body["stream_options"] = {"include_usage": True}
+    body = {"serving_summary": True, "stream_options": {"include_usage": True} if stream else None}
 
     answer = client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "Hi"}], extra_body=body, stream=stream
