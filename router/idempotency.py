@@ -82,7 +82,7 @@ def _canonical(content: bytes) -> bytes:
     """Return JSON without its layout; what is not JSON stays as it is, to be refused later."""
     try:
         return msgspec.json.encode(msgspec.json.decode(content), order="sorted")
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):  # the latter of what is nested too deeply
         return content
 
 

@@ -78,12 +78,16 @@ def router(file: ConfigFile, *, die_with_parent: DieWithParent = False) -> None:
     from orchestrator.yaml_config import load_yaml_model
     from router.app import create_app
     from router.config import RouterConfig
+    from router.http_protocol import GuardedHttpProtocol
 
     if die_with_parent:
         processes.die_with_parent()
     config = load_yaml_model(file, RouterConfig)
     configure_logging(component="router")
-    raise typer.Exit(processes.serve_http(create_app(config), host=config.host, port=config.port))
+    status = processes.serve_http(
+        create_app(config), host=config.host, port=config.port, protocol=GuardedHttpProtocol
+    )
+    raise typer.Exit(status)
 
 
 @app.command()

@@ -52,8 +52,12 @@ class _GracefulServer(uvicorn.Server):
             timer.cancel()
 
 
-def serve_http(app: FastAPI, *, host: str, port: int) -> int:
+def serve_http(
+    app: FastAPI, *, host: str, port: int, protocol: type[asyncio.Protocol] | None = None
+) -> int:
     """Serve `app` until SIGTERM or Ctrl-C, let open requests end, and return an exit status.
+
+    `protocol` is for HTTP/1.1; None takes uvicorn's own, for those whose clients are trusted.
 
     Those that have not ended by themselves when the grace is over are ended through
     `app.state.end_open_requests`, so that every client hears how its request ended.
@@ -67,7 +71,8 @@ def serve_http(app: FastAPI, *, host: str, port: int) -> int:
             host=host,
             port=port,
             loop="uvloop",
-            http="httptools",
+            http=protocol or "httptools",
+            ws="none",
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=int(DRAIN_GRACE_S) + CUT_GRACE_S,

@@ -18,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from router.app import create_app
 from router.config import EndpointConfig, RouterConfig
+from router.http_protocol import GuardedHttpProtocol
 from router.tokenizer import Tokenizer
 from tests.router.fake_node import FakeNode
 from tests.router.servers import DEADLINE_S, RunningServer
@@ -104,6 +105,7 @@ def start_router(engine_dir: Path, tokenizer: Tokenizer) -> RouterFactory:
     def start(nodes: Sequence[tuple[str, str]], **settings: Any) -> Iterator[RunningRouter]:
         used_tokenizer = settings.pop("tokenizer", tokenizer)
         clock = settings.pop("clock", None)
+        protocol = settings.pop("protocol", GuardedHttpProtocol)
         config = RouterConfig(
             engine_dir=engine_dir,
             model="tiny",
@@ -112,7 +114,7 @@ def start_router(engine_dir: Path, tokenizer: Tokenizer) -> RouterFactory:
         )
         app = create_app(config, tokenizer=used_tokenizer, clock=clock)
         with (
-            RunningServer(app) as server,
+            RunningServer(app, protocol=protocol) as server,
             httpx.Client(
                 base_url=server.url, timeout=DEADLINE_S, trust_env=False, verify=False
             ) as http,

@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Self
 
@@ -62,7 +63,9 @@ class _Server(uvicorn.Server):
 class RunningServer:
     """Serves `app` while in its context."""
 
-    def __init__(self, app: ASGIApp, *, port: int = 0) -> None:
+    def __init__(
+        self, app: ASGIApp, *, port: int = 0, protocol: type[asyncio.Protocol] | None = None
+    ) -> None:
         self._socket = bound_socket(port)
         self.port: int = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -70,7 +73,7 @@ class RunningServer:
             uvicorn.Config(
                 app,
                 loop="uvloop",
-                http="httptools",
+                http=protocol or "httptools",
                 ws="none",
                 lifespan="auto",
                 timeout_graceful_shutdown=1,
@@ -98,6 +101,17 @@ class RunningServer:
     def call_soon(self, function: Callable[[], object]) -> None:
         """Have `function` called on the event loop of the server."""
         self._server.call_soon(function)
+
+    def census(self) -> tuple[int, int, int]:
+        """Return how many connections, requests under way and tasks there are."""
+        counted: Future[tuple[int, int, int]] = Future()
+
+        def count() -> None:
+            state = self._server.server_state
+            counted.set_result((len(state.connections), len(state.tasks), len(asyncio.all_tasks())))
+
+        self.call_soon(count)
+        return counted.result(DEADLINE_S)
 
     def kill(self) -> None:
         """Stop at once and cut all connections, as a dying process does."""
