@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine serve test check fix mutations bench peer-vllm trtllm-acceptance clean
+.PHONY: help setup engine serve test check fix mutations fuzz bench peer-vllm trtllm-acceptance clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,10 @@ fix: setup ## Repair what ruff can repair, and format
 
 mutations: setup ## Show that the tests notice small mistakes in what drives TensorRT-LLM (10 min)
 	@$(BIN)/python -m tests.trtllm.mutations
+
+fuzz: setup ## Throw made-up requests and bytes at the router, 20 times as many as the tests (5 min)
+	@$(BIN)/python -m pytest --hypothesis-profile fuzz --timeout 1200 \
+		tests/router/test_raw_http.py tests/router/test_schema_fuzz.py $(ARGS)
 
 bench: setup engine ## Run every benchmark in its quick form
 	@for script in $(filter-out benchmarks/vllm_scheduler_peer.py,$(wildcard benchmarks/*.py)); do \

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from router.body_types import Body, RefusedKind, RefusedUnless, kind_of_text
 from router.conversation import Message, ToolChoice, ToolList
@@ -288,6 +288,15 @@ class CompletionBody(GenerationBody):
 
 class TokenizeBody(Body):
     """Body of POST /tokenize: a raw prompt or a conversation."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
+                for name in ("prompt", "messages")
+            ]
+        }
+    )
 
     model: str | None = None
     """Name of the served model."""

@@ -6,10 +6,6 @@ import signal
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
-
-# 20 times as many examples as by default, for `make fuzz`.
-settings.register_profile("fuzz", max_examples=20 * settings().max_examples)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -16,6 +16,7 @@ import tokenizers
 from fastapi import FastAPI
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+import tests.fuzzing  # noqa: F401 - pytest has to know its profile before it reads its options
 from router.app import create_app
 from router.config import EndpointConfig, RouterConfig
 from router.http_protocol import GuardedHttpProtocol

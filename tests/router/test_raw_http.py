@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.wire import GenerateRequest, TokenEvent
 from router.http_protocol import GuardedHttpProtocol
+from tests.fuzzing import bounded
 from tests.router.conftest import RouterFactory, RunningRouter
 from tests.router.fake_node import FakeNode, Stall, Step, saying
 from tests.router.servers import http_post
@@ -272,11 +273,7 @@ def test_whatever_comes_there_is_an_answer_or_an_end_and_nothing_stays(
 ) -> None:
     """`make fuzz` does the same for longer."""
 
-    @settings(
-        max_examples=settings().max_examples // 10,
-        suppress_health_check=list(HealthCheck),
-        deadline=None,
-    )
+    @bounded(10)
     @given(batch=st.lists(attacks(), min_size=12, max_size=24))
     def attack(batch: Sequence[Attack]) -> None:
         refuse_5xx(carry_out(batch, attacked))
