@@ -54,6 +54,24 @@ def test_whoever_always_asks_gets_the_rate_within_one_per_cent(
     assert num_passed == pytest.approx(burst + 1000, rel=0.01)
 
 
+@pytest.mark.parametrize(("per_min", "burst"), [(60_000.0, 1000), (600.0, 600), (90.0, 25)])
+def test_whoever_always_asks_gets_its_tokens_a_minute_within_one_per_cent(
+    per_min: float, burst: int
+) -> None:
+    """Requests of 5 + 20 tokens use 5 + 10. In the time of 10,000 tokens `burst + 10000` are used,
+    but for the 25 that the last one would have needed."""
+    limiter = ClientLimiter("acme", Limits(tokens=Rate(per_min / 60, burst)))
+    now_s, num_used = 0.0, 0
+    while now_s <= 10_000 / (per_min / 60):
+        try:
+            limiter.reserve(one(20, num_prompt_tokens=5), now_s).close(num_used_tokens=15)
+            num_used += 15
+        except TooManyRequests as refusal:
+            now_s += refusal.retry_after_s
+
+    assert num_used == pytest.approx(burst + 10_000, rel=0.01)
+
+
 def test_whoever_obeys_retry_after_gets_exactly_the_rate() -> None:
     """10 a second: the first burst of 5 at 0 s, then one each 100 ms."""
     limiter = ClientLimiter("acme", Limits(requests=Rate(10.0, 5)))
