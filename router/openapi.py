@@ -1,4 +1,4 @@
-"""The router's API as an OpenAPI 3.1 document, made of the very types that bodies are checked with
+"""The router's API as an OpenAPI 3.2 document, made of the very types that bodies are checked with
 and answers are written from."""
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ Schema = dict[str, Any]
 def openapi_document() -> Schema:
     """Return the document, to be sent as it is."""
     return {
-        "openapi": "3.1.0",
+        "openapi": "3.2.0",
         "info": {"title": "ProServe router", "version": version("proserve")},
         "paths": _paths(),
         "components": {
@@ -78,8 +78,8 @@ def _paths() -> Schema:
                 body=ChatCompletionBody.__name__,
                 answers={
                     "application/json": _ref("ChatCompletion"),
-                    "text/event-stream": _events("ChatCompletionChunk"),
                 },
+                events="ChatCompletionChunk",
             )
         },
         "/v1/completions": {
@@ -88,8 +88,8 @@ def _paths() -> Schema:
                 body=CompletionBody.__name__,
                 answers={
                     "application/json": _ref("Completion"),
-                    "text/event-stream": _events("Completion"),
                 },
+                events="Completion",
             )
         },
         "/v1/embeddings": {
@@ -190,11 +190,21 @@ def _answer(object_name: str, choice: type[msgspec.Struct]) -> Schema:
     }
 
 
-def _operation(summary: str, answers: Mapping[str, Schema], *, body: str | None = None) -> Schema:
+def _operation(
+    summary: str,
+    answers: Mapping[str, Schema],
+    *,
+    body: str | None = None,
+    events: str | None = None,
+) -> Schema:
+    """Return one route's description; a stream of `events` is another form of its answer."""
+    answer = _content("The answer.", answers)
+    if events is not None:
+        answer["content"]["text/event-stream"] = {"itemSchema": _event(events)}
     operation: Schema = {
         "summary": summary,
         "responses": {
-            "200": _content("The answer.", answers),
+            "200": answer,
             "default": _content("What went wrong.", _json(_ref("ErrorAnswer"))),
         },
     }
@@ -215,11 +225,18 @@ def _json(schema: Schema) -> Mapping[str, Schema]:
     return {"application/json": schema}
 
 
-def _events(name: str) -> Schema:
-    return {
+def _event(name: str) -> Schema:
+    data = {
         "type": "string",
-        "description": f"Server-sent events, each a {name}, and [DONE] as the last; or, after a "
-        "failure, an ErrorAnswer as the last.",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_ref(name), _ref(ErrorAnswer.__name__)]},
+    }
+    return {
+        "type": "object",
+        "description": f"Each event has a {name}, and the last one [DONE]; after a failure the "
+        "last one has an ErrorAnswer.",
+        "properties": {"data": {"anyOf": [{"const": "[DONE]"}, data]}},
+        "required": ["data"],
     }
 
 

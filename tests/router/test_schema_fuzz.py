@@ -28,6 +28,8 @@ OPERATIONS: list[Operation] = [
 WITH_BODY = [operation for operation in OPERATIONS if len(operation.body) > 0]
 WITHOUT_BODY = [operation for operation in OPERATIONS if len(operation.body) == 0]
 
+MESSAGE = {"role": "user", "content": "Hi"}
+
 # Not checked, and why:
 # - positive_data_acceptance: the document cannot say which model, classes, token ids and lengths
 #   there are, nor which fields go together; and JSON Schema calls 14.0 an integer, we do not.
@@ -96,6 +98,20 @@ def test_other_bodies_are_refused_as_it_says(serving: RunningRouter, operation: 
     statuses = try_out(operation, GenerationMode.NEGATIVE, 8, serving)
 
     assert set(statuses) <= {400, 415}
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_every_event_of_a_stream_is_as_it_says(serving: RunningRouter, path: str) -> None:
+    content = {"prompt": "Hi"} if path == "/v1/completions" else {"messages": [MESSAGE]}
+    options = {"include_usage": True}
+    body: dict[str, Any] = {"model": "tiny", "stream": True, "stream_options": options}
+    body |= {"serving_summary": True, **content}
+    case = SCHEMA[path]["POST"].Case(body=body, media_type="application/json")
+
+    response = case.call(base_url=serving.url, timeout=DEADLINE_S)
+
+    case.validate_response(response, checks=CHECKS)
+    assert response.text.count("data: ") > 3
 
 
 @pytest.mark.parametrize("operation", WITHOUT_BODY, ids=lambda operation: operation.label)
