@@ -66,6 +66,7 @@ CONFINED: Mapping[str, tuple[str, ...]] = {
     "tensorrt": ("engines.trtllm",),
     "torch": (
         "engines",
+        "orchestrator.device_sampling",
         "orchestrator.logit_adjustment",
         "orchestrator.sampling",
         "build_scripts",
