@@ -139,15 +139,16 @@ class StepRunner:
 
     def _foreign_tokens(self, parts: Sequence[ScheduledRequest]) -> dict[str, str]:
         """Return a message for each request with a token that the model does not know."""
-        known = range(self._vocab_size)
         message = f"the request holds token ids outside of [0, {self._vocab_size})"
-        return {
-            part.request_id: message
-            for part in parts
-            if min(part.token_ids) not in known
-            or max(part.token_ids) not in known
-            or any(i not in known for i, _ in part.request.spec.sampling.logit_bias)
-        }
+        return {part.request_id: message for part in parts if self._is_foreign(part)}
+
+    def _is_foreign(self, part: ScheduledRequest) -> bool:
+        token_ids, biases = part.token_ids, part.request.spec.sampling.logit_bias
+        return (
+            min(token_ids) < 0
+            or max(token_ids) >= self._vocab_size
+            or any(not 0 <= token_id < self._vocab_size for token_id, _ in biases)
+        )
 
     @torch.inference_mode()
     def _compute(

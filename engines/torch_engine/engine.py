@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 
@@ -18,7 +18,12 @@ from engines.step_runner import StepLogits, StepRunner
 from engines.torch_engine.batch import build_batch
 from engines.torch_engine.config import LlamaConfig
 from engines.torch_engine.model import LlamaDecoder
-from engines.torch_engine.weights import fuse_weights, read_config, read_tensors
+from engines.torch_engine.weights import (
+    DecoderWeights,
+    fuse_weights,
+    read_config,
+    read_tensors,
+)
 from orchestrator.core.errors import EngineError
 from orchestrator.core.ports import (
     EngineCapabilities,
@@ -27,6 +32,9 @@ from orchestrator.core.ports import (
     StepOutput,
 )
 from orchestrator.grammars import GrammarCompiler
+
+if TYPE_CHECKING:
+    from engines.torch_engine.triton_decoder import TritonDecoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Precisions by the names that options have for them."""
@@ -102,6 +110,9 @@ class TorchEngine:
         weights = fuse_weights(config, tensors, dtype=self._dtype, device=self._device)
         self._decoder = LlamaDecoder(config, weights, max_model_len=options.max_model_len)
         self._pool = self._make_pool(config.kv_layout(block_size_tokens), options)
+        self._triton_decoder = None
+        if self._device.type == "cuda":
+            self._triton_decoder = _make_triton_decoder(config, weights, self._pool, options)
         num_layer_groups = min(options.num_layer_groups, config.num_hidden_layers)
         self._copies = KVCopies(
             self._pool, num_layer_groups=num_layer_groups, copy_blocks=copy_blocks
@@ -161,14 +172,18 @@ class TorchEngine:
     def close(self) -> None:
         """Release the model, the KV pool and the copying threads. No call follows."""
         self._copies.close()
+        if self._triton_decoder is not None:
+            self._triton_decoder.close()
         self._pool.close()
-        del self._runner, self._decoder, self._copies, self._pool
+        del self._runner, self._decoder, self._triton_decoder, self._copies, self._pool
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _compute(self, parts: Sequence[ScheduledRequest]) -> StepLogits:
-        batch = build_batch(parts, self._pool.layout, dtype=self._dtype, device=self._device)
         before_layer = self._copies.before_layer if self._copies.waits_by_layer else None
+        if self._triton_decoder is not None:
+            return self._triton_decoder.compute(parts, before_layer=before_layer)
+        batch = build_batch(parts, self._pool.layout, dtype=self._dtype, device=self._device)
         logits = self._decoder.forward(batch, self._pool, before_layer=before_layer)
         return StepLogits(batch.sampled, logits)
 
@@ -184,3 +199,23 @@ class TorchEngine:
             dtype=self._dtype,
             device=self._device,
         )
+
+
+def _make_triton_decoder(
+    config: LlamaConfig, weights: DecoderWeights, pool: KVPool, options: TorchEngineOptions
+) -> TritonDecoder:
+    # Imported here because PyTorch for the CPU comes without Triton.
+    try:
+        from engines.torch_engine.triton_decoder import TritonDecoder
+    except ModuleNotFoundError as error:
+        raise EngineError(
+            f"device is cuda, which needs the package {error.name}; install it, or use cpu"
+        ) from error
+    return TritonDecoder(
+        config,
+        weights,
+        pool,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_model_len=options.max_model_len,
+    )

@@ -37,7 +37,7 @@ class LlamaDecoder:
     def __init__(self, config: LlamaConfig, weights: DecoderWeights, *, max_model_len: int) -> None:
         self.config = config
         self.weights = weights
-        self._cos, self._sin = _rope_tables(
+        self._cos, self._sin = rope_tables(
             config, max_model_len, dtype=weights.embedding.dtype, device=weights.embedding.device
         )
 
@@ -125,7 +125,7 @@ def _rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
     return torch.rms_norm(hidden, weight.shape, weight, eps)
 
 
-def _rope_tables(
+def rope_tables(
     config: LlamaConfig, max_model_len: int, *, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cos and sin, each (max_model_len, 1, head_dim / 2); computed in fp32."""

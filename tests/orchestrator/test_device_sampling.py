@@ -47,5 +47,5 @@ def test_rows_that_are_no_numbers_are_named(bad: float) -> None:
     logits = torch.randn(len(requests), VOCAB_SIZE)
     logits[5, 7] = bad
 
-    with pytest.raises(InvalidLogits, match="infinite for request 5$"):
+    with pytest.raises(InvalidLogits, match=r"infinite for request 5$"):
         sample_on_device(logits, requests)
