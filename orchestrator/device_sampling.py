@@ -6,7 +6,6 @@ has computed, nor by lists of the host. Greedy rows are drawn like all others an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np

@@ -68,16 +68,20 @@ VARIANTS = (
 )
 
 
-def make_engine(num_layer_groups: int) -> TorchEngine:
-    """Return the model on the device."""
-    tensors = {
+def random_tensors() -> dict[str, torch.Tensor]:
+    """Return weights, made on the device."""
+    return {
         name: torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
         for name, shape in tensor_shapes(CONFIG).items()
     }
+
+
+def make_engine(num_layer_groups: int) -> TorchEngine:
+    """Return the model on the device."""
     num_decode_blocks = NUM_DECODES * (DECODE_CONTEXT_TOKENS // BLOCK_SIZE_TOKENS + 1)
     return TorchEngine(
         CONFIG,
-        tensors,
+        random_tensors(),
         TorchEngineOptions(
             device="cuda",
             dtype="bfloat16",
@@ -99,19 +103,20 @@ def make_parts() -> list[ScheduledRequest]:
     are device blocks [0, NUM_RELOADED_BLOCKS)."""
     num_cached_tokens = NUM_RELOADED_BLOCKS * BLOCK_SIZE_TOKENS
     num_piece_blocks = NUM_RELOADED_BLOCKS + PREFILL_TOKENS // BLOCK_SIZE_TOKENS
-    parts = [_part("piece", num_cached_tokens, PREFILL_TOKENS, range(num_piece_blocks))]
+    parts = [make_part("piece", num_cached_tokens, PREFILL_TOKENS, range(num_piece_blocks))]
     first = num_piece_blocks
     num_decode_blocks = DECODE_CONTEXT_TOKENS // BLOCK_SIZE_TOKENS + 1
     for index in range(NUM_DECODES):
         blocks = range(first, first + num_decode_blocks)
-        parts.append(_part(f"decode-{index}", DECODE_CONTEXT_TOKENS, 1, blocks))
+        parts.append(make_part(f"decode-{index}", DECODE_CONTEXT_TOKENS, 1, blocks))
         first += num_decode_blocks
     return parts
 
 
-def _part(
+def make_part(
     request_id: str, num_cached_tokens: int, num_new_tokens: int, blocks: Sequence[int]
 ) -> ScheduledRequest:
+    """Return one request's part of a step that samples it greedily."""
     tokens = tuple(i % CONFIG.vocab_size for i in range(num_cached_tokens + num_new_tokens))
     spec = RequestSpec(
         request_id=request_id,
