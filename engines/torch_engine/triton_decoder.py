@@ -5,7 +5,9 @@ Computes what `engines.torch_engine.model.LlamaDecoder`, the readable specificat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -93,7 +95,7 @@ class TritonDecoder:
             properties = torch.cuda.get_device_properties(device)
             self._num_multiprocessors = properties.multi_processor_count
             self._graph_pool = torch.cuda.graph_pool_handle()
-        with torch.inference_mode():
+        with torch.inference_mode(), _no_garbage():
             self._capture(device)
 
     def compute(
@@ -144,7 +146,8 @@ class TritonDecoder:
         forward()
         graph = torch.cuda.CUDAGraph()
         # From the largest on, so that the smaller ones find their memory in its pool.
-        with torch.cuda.graph(graph, pool=self._graph_pool):
+        # Other threads may run engines of their own meanwhile.
+        with torch.cuda.graph(graph, pool=self._graph_pool, capture_error_mode="thread_local"):
             logits = forward()
 
         def replay() -> torch.Tensor:
@@ -190,6 +193,20 @@ class TritonDecoder:
             attend_decodes(qkv, blocks, batch.tables, output, num_splits=num_splits)
         if batch.tiles is not None:
             attend_prefills(qkv, blocks, batch.tables.entries, batch.tiles, output)
+
+
+@contextlib.contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Collect garbage before this, not within: an engine among it unpins memory and ends graphs,
+    calls that CUDA forbids to a thread that captures one."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _batch(arrays: dict[str, torch.Tensor], max_queries: int, *, is_decoding: bool) -> _Batch:
