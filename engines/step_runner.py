@@ -165,8 +165,10 @@ class StepRunner:
         ]
         tokens = self._sample(step, rows, failed)
         if step.logits.is_cuda:
-            # Not the whole device: offloads go on.
-            torch.cuda.current_stream(step.logits.device).synchronize()
+            # Not the whole device: offloads go on. There may have been no token to wait for.
+            computed = torch.cuda.Event()
+            computed.record(torch.cuda.current_stream(step.logits.device))
+            computed.synchronize()
         return tokens
 
     def _sample(

@@ -6,6 +6,8 @@ has computed, nor by lists of the host. Greedy rows are drawn like all others an
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,7 +101,24 @@ def _fetch(token_ids: torch.Tensor) -> list[int]:
     host = token_ids
     if token_ids.is_cuda:
         host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
-        host.copy_(token_ids, non_blocking=True)
-        torch.cuda.current_stream(token_ids.device).synchronize()
+        _store_on_host()(token_ids, host)
+        # Not the stream's own wait, in which PyTorch would see one that nobody meant.
+        stored = torch.cuda.Event()
+        stored.record()
+        stored.synchronize()
     numbers: list[int] = host.tolist()
     return numbers
+
+
+@functools.cache
+def _store_on_host() -> Callable[[torch.Tensor, torch.Tensor], None]:
+    # Imported here because PyTorch for the CPU comes without Triton.
+    try:
+        from orchestrator.triton_fetch import store_on_host
+    except ModuleNotFoundError:
+        return _copy_to_host
+    return store_on_host
+
+
+def _copy_to_host(numbers: torch.Tensor, host: torch.Tensor) -> None:
+    host.copy_(numbers, non_blocking=True)

@@ -69,6 +69,7 @@ CONFINED: Mapping[str, tuple[str, ...]] = {
         "orchestrator.device_sampling",
         "orchestrator.logit_adjustment",
         "orchestrator.sampling",
+        "orchestrator.triton_fetch",
         "build_scripts",
     ),
     "llguidance": ("orchestrator.grammars", "router.output_form"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from engines.torch_engine import TorchEngine
 from orchestrator.core.request import SamplingParams
+from orchestrator.device_sampling import most_likely_on_device
 from tests.engines.step_driver import StepDriver, random_requests
 from tests.engines.tiny_llama import tiny_config, tiny_engine
 from tests.factories import make_request
@@ -95,7 +97,7 @@ def waiting_is_an_error() -> Iterator[None]:
     ids=["greedy", "drawn"],
 )
 def test_a_step_waits_for_nothing_but_its_tokens(sampling: SamplingParams) -> None:
-    """PyTorch raises where it would wait by itself; the engine waits for its tokens by name.
+    """PyTorch raises where it would wait by itself; the engine waits for events of its own.
 
     The first steps compile kernels; then come a prefill piece beside a decode, and decodes alone.
     """
@@ -189,3 +191,35 @@ def test_closing_an_engine_gives_its_memory_back() -> None:
     del engine
 
     assert torch.cuda.memory_allocated() == before
+
+
+def test_an_engine_that_was_left_open_does_not_disturb_the_next_ones_graphs() -> None:
+    """It is garbage in a cycle, with pinned memory and graphs; the collector runs all the time."""
+    before = gc.get_threshold()
+    tiny_engine(device="cuda", num_host_blocks=4)
+    gc.set_threshold(1)
+    try:
+        engine = tiny_engine(device="cuda")
+    finally:
+        gc.set_threshold(*before)
+
+    assert StepDriver(engine, make_request(num_prompt_tokens=5)).run(chunk_tokens=8)["r"]
+    engine.close()
+
+
+def test_tokens_do_not_wait_for_copies_to_the_host() -> None:
+    """A gigabyte is on its way; at 50 GB/s that takes 20 ms, the token well under one."""
+    scores = torch.tensor([[0.0, 2.0, 1.0]], device="cuda")
+    assert most_likely_on_device(scores) == [1]  # compiles
+    blocks = torch.zeros(1 << 28, dtype=torch.int8, device="cuda")
+    host = torch.empty(1 << 28, dtype=torch.int8, pin_memory=True)
+    lane, copied = torch.cuda.Stream(), torch.cuda.Event()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(lane):
+        for _ in range(4):
+            host.copy_(blocks, non_blocking=True)
+        copied.record()
+
+    assert most_likely_on_device(scores) == [1]
+    assert not copied.query()
+    copied.synchronize()
