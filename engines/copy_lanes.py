@@ -41,16 +41,17 @@ class CopyPart(Protocol):
 
     @property
     def held_s(self) -> float:
-        """Time for which `hold_compute` held the computation; 0 if it was not called. Known
-        once the computation behind it has ended."""
+        """Time for which the computation was held, by `hold_compute` and, if it had nothing else
+        to do, by putting the part on its lane. Known once the computation behind has ended."""
         ...
 
 
 class CopyLane(Protocol):
     """Does work in the order in which it is put there, beside the computation."""
 
-    def submit(self, work: Callable[[], None]) -> CopyPart:
-        """Begin `work` after all computation that has been started so far.
+    def submit(self, work: Callable[[], None], *, follows_compute: bool = True) -> CopyPart:
+        """Begin `work` when what was put here before has ended and, if it `follows_compute`, all
+        computation that has been started so far.
 
         `work` may raise RuntimeError: its part then fails, and the lane goes on with the next.
         """
@@ -73,16 +74,16 @@ class ThreadLane:
     def __init__(self, name: str) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
 
-    def submit(self, work: Callable[[], None]) -> CopyPart:
+    def submit(self, work: Callable[[], None], *, follows_compute: bool = True) -> CopyPart:
         """Let the thread do the work when all before it is done."""
-        return _ThreadPart(self._executor.submit(_duration_s, work))
+        return _ThreadPart(self._executor.submit(_run_timed, work))
 
     def close(self) -> None:
         """Join the thread after the work that it is at."""
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _duration_s(work: Callable[[], None]) -> float:
+def _run_timed(work: Callable[[], None]) -> float:
     started_s = time.perf_counter()
     work()
     return time.perf_counter() - started_s
@@ -122,69 +123,68 @@ class StreamLane:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
-    def submit(self, work: Callable[[], None]) -> CopyPart:
+    def submit(self, work: Callable[[], None], *, follows_compute: bool = True) -> CopyPart:
         """Queue what `work` queues, behind the current stream's work of now."""
-        started, ended = _timed_event(), _timed_event()
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        compute = torch.cuda.current_stream(self._device)
+        # Around the host's work: if the device has nothing else to do, it waits between the two.
+        reached = _recorded(compute)
+        if follows_compute:
+            self._stream.wait_event(reached)
         error = None
         with torch.cuda.stream(self._stream):
-            started.record()
+            started = _recorded(self._stream)
             try:
                 work()
             except RuntimeError as caught:
                 error = str(caught) or type(caught).__name__
             # Also after a failure: what was queued before it still writes to the blocks.
-            ended.record()
-        return _StreamPart(self._device, started, ended, error)
+            ended = _recorded(self._stream)
+        return _StreamPart(self._device, (started, ended), (reached, _recorded(compute)), error)
 
     def close(self) -> None:
         """Wait for all that was queued."""
         self._stream.synchronize()
 
 
-def _timed_event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)
+def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(stream)
+    return event
 
 
-def _between_s(first: torch.cuda.Event, second: torch.cuda.Event) -> float:
+_Span = tuple[torch.cuda.Event, torch.cuda.Event]
+
+
+def _duration_s(span: _Span) -> float:
+    """Return seconds between two events, when the second has come."""
+    first, second = span
     second.synchronize()
     return float(first.elapsed_time(second)) / 1000
 
 
 class _StreamPart:
-    def __init__(
-        self,
-        device: torch.device,
-        started: torch.cuda.Event,
-        ended: torch.cuda.Event,
-        error: str | None,
-    ) -> None:
-        self._device, self._started, self._ended = device, started, ended
-        self._held: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+    def __init__(self, device: torch.device, copy: _Span, queued: _Span, error: str | None) -> None:
+        self._device, self._copy = device, copy
+        self._held = [queued]
         self.error = error
 
     def hold_compute(self) -> None:
         stream = torch.cuda.current_stream(self._device)
-        reached, went_on = _timed_event(), _timed_event()
-        stream.record_event(reached)
-        stream.wait_event(self._ended)
-        stream.record_event(went_on)
-        self._held = reached, went_on
+        reached = _recorded(stream)
+        stream.wait_event(self._copy[1])
+        self._held.append((reached, _recorded(stream)))
 
     def wait(self) -> None:
-        self._ended.synchronize()
+        self._copy[1].synchronize()
 
     @property
     def is_done(self) -> bool:
-        return bool(self._ended.query())
+        return bool(self._copy[1].query())
 
     @property
     def busy_s(self) -> float:
-        return 0.0 if self.error else _between_s(self._started, self._ended)
+        return 0.0 if self.error else _duration_s(self._copy)
 
     @property
     def held_s(self) -> float:
-        if self._held is None:
-            return 0.0
-        reached, went_on = self._held
-        return _between_s(reached, went_on)
+        return sum(_duration_s(span) for span in self._held)

@@ -2,7 +2,8 @@
 
 Offloads and onboards have a lane each, so that neither waits for the other. Onboards come in
 layer groups: all blocks' first layers, then all blocks' next ones, so that the first layer can
-begin when a part of the copy is done.
+begin when a part of the copy is done. Each group is put on its lane when the computation gets to
+the group before it: the host's time for it passes while the device computes.
 
 Source: ProServe, layer-wise reload (section 4.3 of this project's specification).
 """
@@ -11,27 +12,46 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
+from engines.batch_copies import fastest_copies
+from engines.block_copies import BlockPieces, CopyBlocks
 from engines.copy_lanes import CopyLane, CopyPart, make_lane
 from engines.kv_pool import KVPool
 from orchestrator.core.kv_transfer import KVTransfer, TransferDirection
 from orchestrator.core.ports import CopyFigures
 
-CopyBlocks = Callable[[KVTransfer, list[torch.Tensor], list[torch.Tensor]], None]
-"""Copies each source to the target beside it, for this transfer. Called once for an offload, and
-once per layer group for an onboard, on the lane's thread or under its stream; raises RuntimeError
-if that fails."""
+# How much larger than the one before a layer group may be. The copy of a group hides under the
+# computation of those before it if all of it takes at most 1 / 1.5 of the step's computation.
+_MAX_GROWTH = 1.5
 
 
-def copy_blocks(_: KVTransfer, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    """Copy; the host does not wait for CUDA."""
-    # One call for all: queueing 256 copies one by one from Python would take over a millisecond.
-    torch._foreach_copy_(targets, sources, non_blocking=True)
+def layer_groups(num_layers: int, num_groups: int) -> list[slice]:
+    """Return the layers of each group; but for rounding, each is larger than the one before by the
+    same factor, since the computation has to wait for the first one in any case.
+
+    `num_groups` is at most `num_layers`.
+    """
+
+    def first_size(growth: float) -> float:
+        return num_layers / sum(growth**i for i in range(num_groups))
+
+    low, high = 1.0, _MAX_GROWTH
+    if first_size(high) < 1:
+        # The largest factor by which the first group still has a layer; 50 halvings are exact.
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (low, middle) if first_size(middle) < 1 else (middle, high)
+        high = low
+    size = first_size(high)
+    ends = itertools.accumulate(size * high**i for i in range(num_groups))
+    bounds = [0]
+    for index, end in enumerate(ends):
+        most = num_layers - (num_groups - 1 - index)  # a layer for each that follows
+        bounds.append(min(max(round(end), bounds[-1] + 1), most))
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,23 +77,24 @@ class KVCopies:
     """
 
     def __init__(
-        self, pool: KVPool, *, num_layer_groups: int, copy_blocks: CopyBlocks = copy_blocks
+        self, pool: KVPool, *, num_layer_groups: int, copy_blocks: CopyBlocks | None = None
     ) -> None:
-        """`num_layer_groups` is at most the number of layers; `copy_blocks` is for tests."""
-        self._pool, self._copy_blocks = pool, copy_blocks
+        """`num_layer_groups` is at most the number of layers. Without `copy_blocks`, the machine's
+        fastest way is taken."""
         device = pool.blocks.device
+        self._pool, self._copy_blocks = pool, copy_blocks or fastest_copies(device)
         self._offload_lane: CopyLane = make_lane("kv-offload", device)
         self._onboard_lane: CopyLane = make_lane("kv-onboard", device)
-        num_layers = pool.layout.num_layers
-        bounds = [i * num_layers // num_layer_groups for i in range(num_layer_groups + 1)]
-        self._groups = [slice(*pair) for pair in itertools.pairwise(bounds)]
+        self._groups = layer_groups(pool.layout.num_layers, num_layer_groups)
         self._offloads: list[_Copy] = []  # oldest first
         self._onboards: list[_Copy] = []
         self._refused: dict[int, str] = {}
         # Of the current step:
         self._awaited: dict[int, CopyPart] = {}  # first layer of a group -> its last part
-        self._last_parts: list[CopyPart] = []  # one per lane
-        self._held: list[CopyPart] = []
+        self._arriving: list[_Copy] = []
+        self._next_groups: list[slice] = []  # not on the lane yet
+        self._parts: list[CopyPart] = []
+        self._last_parts: dict[TransferDirection, CopyPart] = {}
         self._waited_s = 0.0
 
     @property
@@ -92,39 +113,37 @@ class KVCopies:
         They must be sound: `engines.plan_checks` says what that is.
         """
         self._forget_step()
-        onboards = []
+        of = {direction: list[_Copy]() for direction in TransferDirection}
         for transfer in transfers:
-            copy = _Copy(transfer, _runs(transfer), [])
-            if transfer.direction is TransferDirection.ONBOARD:
-                onboards.append(copy)
-                continue
-            copy.parts.append(self._offload_lane.submit(partial(self._offload, copy)))
+            of[transfer.direction].append(_Copy(transfer, []))
+        # First, since it is what the computation waits for.
+        if onboards := of[TransferDirection.ONBOARD]:
+            self._arriving, self._next_groups = onboards, self._groups[:]
+            self._put_next_group()
+            self._onboards += onboards
+        for copy in of[TransferDirection.OFFLOAD]:
+            work = partial(self._offload, copy.transfer)
+            self._put(copy, self._offload_lane.submit(work))
             self._offloads.append(copy)
-            self._last_parts = copy.parts[-1:]
-        if not onboards:
-            return
-        for layers in self._groups:
-            for copy in onboards:
-                work = partial(self._onboard, copy, layers)
-                copy.parts.append(self._onboard_lane.submit(work))
-            self._awaited[layers.start] = onboards[-1].parts[-1]
-        self._onboards += onboards
-        self._last_parts.append(onboards[-1].parts[-1])
 
     def before_layer(self, layer: int) -> None:
         """Let what is computed from here on wait for the onboarded blocks of this layer."""
         part = self._awaited.get(layer)
         if part is not None:
-            self._hold_compute(part)
+            if self._next_groups:
+                self._put_next_group()
+            part.hold_compute()
 
     def hold_compute(self) -> None:
         """Let what is computed from here on wait for all copies of this step, whole."""
+        self._put_all_groups()
         self._awaited = {}
-        for part in self._last_parts:
-            self._hold_compute(part)
+        for part in self._last_parts.values():
+            part.hold_compute()
 
     def broken_onboards(self) -> list[KVTransfer]:
         """Return the onboards of this step that failed; may wait for those that have not ended."""
+        self._put_all_groups()
         return [copy.transfer for copy in self._onboards if copy.error is not None]
 
     def wait_for_one(self) -> None:
@@ -137,6 +156,7 @@ class KVCopies:
 
         The step's computation has ended.
         """
+        self._put_all_groups()
         self._wait(self._onboards)
         ended = self._onboards + [copy for copy in self._offloads if copy.is_done]
         self._offloads = [copy for copy in self._offloads if copy not in ended]
@@ -148,7 +168,7 @@ class KVCopies:
         for copy in completed:
             num_blocks = len(copy.transfer.device_block_ids)
             num_bytes[copy.transfer.direction] += num_blocks * self._pool.blocks[0].nbytes
-        exposed_s = self._waited_s + sum(part.held_s for part in self._held)
+        exposed_s = self._waited_s + sum(part.held_s for part in self._parts)
         self._forget_step()
         return CopyReport(
             completed=tuple(copy.transfer.transfer_id for copy in completed),
@@ -172,6 +192,7 @@ class KVCopies:
         for transfer in transfers:
             if transfer.transfer_id not in started:
                 self._refused[transfer.transfer_id] = reason
+        self._put_all_groups()
         self._wait(self._onboards)
         self._forget_step()
 
@@ -180,29 +201,45 @@ class KVCopies:
         self._onboard_lane.close()
         self._offload_lane.close()
 
-    def _offload(self, copy: _Copy) -> None:
-        device, host = self._pool.blocks, self._pool.host_blocks
-        self._copy_blocks(
-            copy.transfer,
-            [host[first_host : first_host + count] for _, first_host, count in copy.runs],
-            [device[first : first + count] for first, _, count in copy.runs],
+    def _put_all_groups(self) -> None:
+        while self._next_groups:
+            self._put_next_group()
+
+    def _put_next_group(self) -> None:
+        layers = self._next_groups.pop(0)
+        for copy in self._arriving:
+            work = partial(self._onboard, copy.transfer, layers)
+            # Blocks are read until the step before has ended; this step's computation waits.
+            part = self._onboard_lane.submit(work, follows_compute=layers.start == 0)
+            self._put(copy, part)
+        self._awaited[layers.start] = self._arriving[-1].parts[-1]
+
+    def _put(self, copy: _Copy, part: CopyPart) -> None:
+        copy.parts.append(part)
+        self._parts.append(part)
+        self._last_parts[copy.transfer.direction] = part
+
+    def _offload(self, transfer: KVTransfer) -> None:
+        pool = self._pool
+        pieces = BlockPieces(
+            sources=pool.blocks,
+            source_ids=transfer.device_block_ids,
+            targets=pool.host_blocks,
+            target_ids=transfer.host_block_ids,
+            layers=slice(0, pool.layout.num_layers),
         )
+        self._copy_blocks(transfer, pieces)
 
-    def _onboard(self, copy: _Copy, layers: slice) -> None:
-        device, host = self._pool.blocks, self._pool.host_blocks
-        if len(self._groups) == 1:
-            targets = [device[first : first + count] for first, _, count in copy.runs]
-            sources = [host[first : first + count] for _, first, count in copy.runs]
-        else:
-            # One by one: a part of the layers is contiguous within a block only, and CUDA
-            # copies nothing else without waiting.
-            targets = [device[block, layers] for block in copy.transfer.device_block_ids]
-            sources = [host[block, layers] for block in copy.transfer.host_block_ids]
-        self._copy_blocks(copy.transfer, targets, sources)
-
-    def _hold_compute(self, part: CopyPart) -> None:
-        part.hold_compute()
-        self._held.append(part)
+    def _onboard(self, transfer: KVTransfer, layers: slice) -> None:
+        pool = self._pool
+        pieces = BlockPieces(
+            sources=pool.host_blocks,
+            source_ids=transfer.host_block_ids,
+            targets=pool.blocks,
+            target_ids=transfer.device_block_ids,
+            layers=layers,
+        )
+        self._copy_blocks(transfer, pieces)
 
     def _wait(self, copies: Sequence[_Copy]) -> None:
         late = [copy for copy in copies if not copy.is_done]
@@ -214,7 +251,8 @@ class KVCopies:
         self._waited_s += time.perf_counter() - started_s
 
     def _forget_step(self) -> None:
-        self._awaited, self._last_parts, self._held, self._waited_s = {}, [], [], 0.0
+        self._awaited, self._arriving, self._next_groups = {}, [], []
+        self._parts, self._last_parts, self._waited_s = [], {}, 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -222,7 +260,6 @@ class _Copy:
     """A transfer that was started."""
 
     transfer: KVTransfer
-    runs: Sequence[tuple[int, int, int]]
     parts: list[CopyPart]
     """In the order of their lane."""
 
@@ -240,16 +277,3 @@ class _Copy:
     @property
     def busy_s(self) -> float:
         return sum(part.busy_s for part in self.parts)
-
-
-def _runs(transfer: KVTransfer) -> list[tuple[int, int, int]]:
-    """Return (first device block, first host block, count), neighbours on both sides in one."""
-    runs: list[tuple[int, int, int]] = []
-    for device, host in zip(transfer.device_block_ids, transfer.host_block_ids, strict=True):
-        if runs:
-            first_device, first_host, count = runs[-1]
-            if (device, host) == (first_device + count, first_host + count):
-                runs[-1] = (first_device, first_host, count + 1)
-                continue
-        runs.append((device, host, 1))
-    return runs

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from engines.block_copies import CopyBlocks, copy_blocks
 from engines.engine_options import EngineOptions
-from engines.kv_copies import CopyBlocks, copy_blocks
 from engines.kv_sizing import check_main_memory
 from engines.manifest import read_manifest
 from engines.step_runner import StepCopies, StepLogits, StepRunner

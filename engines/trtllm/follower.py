@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from engines.kv_copies import CopyBlocks, copy_blocks
+from engines.block_copies import CopyBlocks, copy_blocks
 from engines.trtllm.launch import RankPlace
 from engines.trtllm.rank_lines import LeaderLine
 from engines.trtllm.rank_messages import (

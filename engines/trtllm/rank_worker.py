@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from engines.block_copies import CopyBlocks, copy_blocks
 from engines.engine_options import EngineOptions
-from engines.kv_copies import CopyBlocks, KVCopies, copy_blocks
+from engines.kv_copies import KVCopies
 from engines.kv_pool import KVLayout, KVPool
 from engines.kv_sizing import count_device_blocks
 from engines.trtllm.engine_config import TrtLlmEngineConfig

@@ -35,7 +35,8 @@ class CopyModel:
     def stall_s(self, num_blocks: int) -> float:
         """Return for how long a step cannot compute: until the first layer group has its part of
         the onboarded blocks. The other parts arrive while the groups before them compute, if the
-        whole copy takes no longer than the computation (OC-18)."""
+        whole copy takes no longer than the computation (OC-18). Groups are taken for equal; if
+        they grow, the first waits for less, and the last for some of a copy as long as that."""
         return self.onboard_s(num_blocks) / self._num_groups
 
     def max_onboard_blocks(self, budget_s: float) -> int:

@@ -9,9 +9,9 @@ from typing import Literal
 
 import torch
 
+from engines.block_copies import CopyBlocks, copy_blocks
 from engines.engine_options import EngineOptions
 from engines.host_link import HostLink
-from engines.kv_copies import CopyBlocks, copy_blocks
 from engines.simulated import SimulatedEngine
 from engines.trtllm.engine import TrtLlmEngine
 from orchestrator.core.latency import BatchLatencyModel

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from engines.kv_copies import copy_blocks
+from engines.block_copies import BlockPieces, copy_blocks
 from orchestrator.core.kv_transfer import KVTransfer, TransferDirection
 
 
@@ -27,12 +27,10 @@ class BrokenCopies:
         self.transfer_ids: Collection[int] = transfer_ids
         self.error = error or RuntimeError("the link is down")
 
-    def __call__(
-        self, transfer: KVTransfer, targets: list[torch.Tensor], sources: list[torch.Tensor]
-    ) -> None:
+    def __call__(self, transfer: KVTransfer, pieces: BlockPieces) -> None:
         if transfer.transfer_id in self.transfer_ids:
             raise self.error
-        copy_blocks(transfer, targets, sources)
+        copy_blocks(transfer, pieces)
 
 
 class HeldCopies:
@@ -46,12 +44,10 @@ class HeldCopies:
         """Permit so many calls: one per offload, one per onboard and layer group."""
         self._permits.release(num_copies)
 
-    def __call__(
-        self, transfer: KVTransfer, targets: list[torch.Tensor], sources: list[torch.Tensor]
-    ) -> None:
+    def __call__(self, transfer: KVTransfer, pieces: BlockPieces) -> None:
         if transfer.direction is self._direction:
             self._permits.acquire()
-        copy_blocks(transfer, targets, sources)
+        copy_blocks(transfer, pieces)
 
 
 class CountedCopies:
@@ -66,25 +62,21 @@ class CountedCopies:
         with self._has_more:
             self._has_more.wait_for(lambda: self._num_offloaded >= count)
 
-    def __call__(
-        self, transfer: KVTransfer, targets: list[torch.Tensor], sources: list[torch.Tensor]
-    ) -> None:
-        copy_blocks(transfer, targets, sources)
+    def __call__(self, transfer: KVTransfer, pieces: BlockPieces) -> None:
+        copy_blocks(transfer, pieces)
         if transfer.direction is TransferDirection.OFFLOAD:
             with self._has_more:
                 self._num_offloaded += 1
                 self._has_more.notify_all()
 
 
-def slow_copies(
-    transfer: KVTransfer, targets: list[torch.Tensor], sources: list[torch.Tensor]
-) -> None:
+def slow_copies(transfer: KVTransfer, pieces: BlockPieces) -> None:
     """Copy late: what does not wait for it reads old numbers. What waits is right at any speed.
 
     20 ms are ten steps of the tiny model; on CUDA, 50 million cycles are about as long.
     """
-    if targets[0].is_cuda or sources[0].is_cuda:
+    if pieces.targets.is_cuda or pieces.sources.is_cuda:
         torch.cuda._sleep(50_000_000)  # noqa: SLF001 - there is no public one
     else:
         time.sleep(0.02)
-    copy_blocks(transfer, targets, sources)
+    copy_blocks(transfer, pieces)

@@ -8,11 +8,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.kv_copies import copy_blocks
+from engines.block_copies import BlockPieces, copy_blocks
 from orchestrator.core.kv_options import KVCacheOptions, KVOffload
 from orchestrator.core.kv_transfer import KVTransfer
 from orchestrator.core.latency import BatchLatencyModel
@@ -42,13 +41,11 @@ class UnreliableCopies:
     def __init__(self, draw: random.Random, *, failure_rate: float) -> None:
         self._draw, self._failure_rate = draw, failure_rate
 
-    def __call__(
-        self, transfer: KVTransfer, targets: list[torch.Tensor], sources: list[torch.Tensor]
-    ) -> None:
+    def __call__(self, transfer: KVTransfer, pieces: BlockPieces) -> None:
         time.sleep(self._draw.choice([0.0, 0.0, 0.002]))
         if self._draw.random() < self._failure_rate:
             raise RuntimeError("the link is down")
-        copy_blocks(transfer, targets, sources)
+        copy_blocks(transfer, pieces)
 
 
 class FallibleEngine:

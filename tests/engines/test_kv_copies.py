@@ -8,9 +8,10 @@ import threading
 import pytest
 import torch
 
-from engines.kv_copies import CopyBlocks, CopyReport, KVCopies, copy_blocks
+from engines.block_copies import BlockPieces, CopyBlocks, copy_blocks
+from engines.kv_copies import CopyReport, KVCopies, layer_groups
 from engines.kv_pool import KVLayout, KVPool
-from orchestrator.core.kv_transfer import TransferDirection
+from orchestrator.core.kv_transfer import KVTransfer, TransferDirection
 from orchestrator.core.ports import CopyFigures
 from tests.engines.copies import BrokenCopies, HeldCopies, offload, onboard
 
@@ -36,6 +37,35 @@ def finish_all(copies: KVCopies) -> CopyReport:
     """Wait for all copies of the step, then report."""
     copies.hold_compute()
     return copies.finish_step()
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_groups", "sizes"),
+    [
+        (32, 1, [32]),
+        (5, 5, [1, 1, 1, 1, 1]),
+        (32, 4, [4, 6, 9, 13]),
+        (32, 8, [1, 1, 2, 3, 4, 5, 6, 10]),
+        (3, 2, [1, 2]),
+    ],
+)
+def test_layer_groups_grow(num_layers: int, num_groups: int, sizes: list[int]) -> None:
+    """32 layers in 4: 32 / (1 + 1.5 + 1.5^2 + 1.5^3) is 3.9. In 8, that would be less than one
+    layer; they grow by 1.39."""
+    groups = layer_groups(num_layers, num_groups)
+
+    assert [group.stop - group.start for group in groups] == sizes
+    assert [group.start for group in groups[1:]] == [group.stop for group in groups[:-1]]
+
+
+def test_layers_are_never_left_out() -> None:
+    for num_layers in range(1, 81):
+        for num_groups in range(1, num_layers + 1):
+            groups = layer_groups(num_layers, num_groups)
+
+            assert (groups[0].start, groups[-1].stop) == (0, num_layers)
+            assert len(groups) == num_groups
+            assert all(group.stop > group.start for group in groups)
 
 
 @pytest.mark.parametrize("num_layer_groups", [1, 2, 5])
@@ -77,6 +107,26 @@ def test_a_layer_waits_for_its_own_group_alone() -> None:
 
     assert bool((pool.blocks[:2] == -1).all())
     assert copies.finish_step().completed == (1, 2)
+
+
+def test_a_group_is_put_on_its_lane_when_the_computation_gets_to_the_one_before() -> None:
+    """Else the host would be busy with all copies before the first layer is started."""
+    begun: list[int] = []
+
+    def noting(transfer: KVTransfer, pieces: BlockPieces) -> None:
+        begun.append(pieces.layers.start)
+        copy_blocks(transfer, pieces)
+
+    copies = make_copies(copy=noting, num_layer_groups=5)
+
+    copies.start([onboard(1, [0], [0])])
+    copies.before_layer(0)
+    assert set(begun) <= {0, 1}
+    copies.before_layer(1)
+    assert set(begun) <= {0, 1, 2}
+
+    assert copies.finish_step().completed == (1,)
+    assert begun == [0, 1, 2, 3, 4]
 
 
 def test_an_onboard_does_not_wait_for_an_offload() -> None:

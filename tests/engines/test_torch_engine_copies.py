@@ -38,7 +38,7 @@ def test_onboarded_blocks_can_be_read_by_the_step_that_brings_them(
 
 def test_layer_groups_are_at_most_the_layers() -> None:
     assert tiny_engine(num_layer_groups=9).capabilities.num_layer_groups == 2
-    assert tiny_engine(CONFIG).capabilities.num_layer_groups == 4
+    assert tiny_engine(CONFIG, num_layer_groups=4).capabilities.num_layer_groups == 4
 
 
 @pytest.mark.parametrize(

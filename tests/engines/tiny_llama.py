@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from engines.kv_copies import CopyBlocks, copy_blocks
+from engines.block_copies import CopyBlocks
 from engines.manifest import EngineManifest, ProfileConditions, hash_files, write_manifest
 from engines.torch_engine import TorchEngine, TorchEngineOptions
 from engines.torch_engine.config import LlamaConfig
@@ -65,7 +65,7 @@ def tiny_engine(
     tensors: dict[str, torch.Tensor] | None = None,
     *,
     grammars: GrammarCompiler | None = None,
-    copy_blocks: CopyBlocks = copy_blocks,
+    copy_blocks: CopyBlocks | None = None,
     **options: Any,
 ) -> TorchEngine:
     config = config or tiny_config()

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from engines.block_copies import CopyBlocks, copy_blocks
 from engines.engine_options import EngineOptions
-from engines.kv_copies import CopyBlocks, copy_blocks
 from engines.manifest import hash_files, read_manifest, write_manifest
 from engines.trtllm.engine import TrtLlmEngine
 from engines.trtllm.engine_config import TrtLlmEngineConfig

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.kv_copies import CopyBlocks, copy_blocks
+from engines.block_copies import CopyBlocks, copy_blocks
 from engines.trtllm import rank_lines
 from engines.trtllm.engine import TrtLlmEngine, load_rank
 from engines.trtllm.follower import run_follower
