@@ -1,26 +1,33 @@
 """How much of the time that KV blocks take to come back hides under the step that needs them.
 
 A 7B-shaped model with random weights in bfloat16 runs steps of decodes and one prefill piece. Each
-step also brings 64 blocks of 64 tokens back from the host, for the piece's own cached prefix. The
-same step is measured with all blocks resident, with layer groups, and waiting for whole copies.
+step also brings 4,096 tokens of KV cache back from the host, 512 MiB, for the piece's own cached
+prefix. The same step is measured with all blocks resident, with layer groups, waiting for whole
+copies, and with as many blocks on their way to the host. All of it for each way to copy blocks, of
+64 tokens and of 16.
 
 python -m benchmarks.gpu.copy_overlap
 """
 
 from __future__ import annotations
 
-import argparse
+import gc
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from benchmarks.shared.reporting import argument_parser, report
+from engines.batch_copies import copy_in_batch
+from engines.block_copies import CopyBlocks, copy_blocks
 from engines.torch_engine import TorchEngine, TorchEngineOptions
 from engines.torch_engine.config import LlamaConfig
 from engines.torch_engine.weights import tensor_shapes
+from engines.triton_copies import copy_by_kernel
+from orchestrator.core.errors import EngineError
 from orchestrator.core.kv_transfer import KVTransfer, TransferDirection
 from orchestrator.core.ports import (
     ScheduledRequest,
@@ -45,8 +52,7 @@ CONFIG = LlamaConfig(
     rope_theta=10_000.0,
     tie_word_embeddings=False,
 )
-BLOCK_SIZE_TOKENS = 64  # 8 MiB a block
-NUM_RELOADED_BLOCKS = 64
+NUM_RELOADED_TOKENS = 4096  # 64 blocks of 64 tokens, of 8 MiB
 NUM_DECODES = 32
 DECODE_CONTEXT_TOKENS = 1024
 PREFILL_TOKENS = 512
@@ -54,18 +60,45 @@ PREFILL_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """How a step gets the blocks of its prefill piece."""
+    """What a step copies."""
 
     name: str
-    is_reloading: bool
+    direction: TransferDirection | None
     waits_for_transfers: bool = False
 
 
 VARIANTS = (
-    Variant("resident", is_reloading=False),
-    Variant("by_layer_group", is_reloading=True),
-    Variant("whole_copies_first", is_reloading=True, waits_for_transfers=True),
+    Variant("resident", None),
+    Variant("by_layer_group", TransferDirection.ONBOARD),
+    Variant("whole_copies_first", TransferDirection.ONBOARD, waits_for_transfers=True),
+    Variant("beside_offload", TransferDirection.OFFLOAD),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """How an engine copies blocks."""
+
+    copy_blocks: CopyBlocks
+    num_layer_groups: int
+    block_size_tokens: int = 64
+
+    @property
+    def num_reloaded_blocks(self) -> int:
+        return NUM_RELOADED_TOKENS // self.block_size_tokens
+
+
+# The first is the engine's own. The last three cost the host more per group, or have many blocks.
+SETUPS = {
+    "batch, 16 groups": Setup(copy_in_batch, 16),
+    "batch, 8 groups": Setup(copy_in_batch, 8),
+    "batch, 32 groups": Setup(copy_in_batch, 32),
+    "kernel, 16 groups": Setup(copy_by_kernel, 16),
+    "torch, 6 groups": Setup(copy_blocks, 6),
+    "batch, 16 groups, blocks of 16": Setup(copy_in_batch, 16, block_size_tokens=16),
+    "kernel, 16 groups, blocks of 16": Setup(copy_by_kernel, 16, block_size_tokens=16),
+    "torch, 6 groups, blocks of 16": Setup(copy_blocks, 6, block_size_tokens=16),
+}
 
 
 def random_tensors() -> dict[str, torch.Tensor]:
@@ -76,36 +109,38 @@ def random_tensors() -> dict[str, torch.Tensor]:
     }
 
 
-def make_engine(num_layer_groups: int) -> TorchEngine:
+def make_engine(setup: Setup, tensors: Mapping[str, torch.Tensor]) -> TorchEngine:
     """Return the model on the device."""
-    num_decode_blocks = NUM_DECODES * (DECODE_CONTEXT_TOKENS // BLOCK_SIZE_TOKENS + 1)
+    block_size = setup.block_size_tokens
+    num_decode_blocks = NUM_DECODES * (DECODE_CONTEXT_TOKENS // block_size + 1)
     return TorchEngine(
         CONFIG,
-        random_tensors(),
+        tensors,
         TorchEngineOptions(
             device="cuda",
             dtype="bfloat16",
             num_device_blocks=num_decode_blocks
-            + NUM_RELOADED_BLOCKS
-            + PREFILL_TOKENS // BLOCK_SIZE_TOKENS,
-            num_host_blocks=NUM_RELOADED_BLOCKS,
+            + setup.num_reloaded_blocks
+            + PREFILL_TOKENS // block_size,
+            num_host_blocks=2 * setup.num_reloaded_blocks,
             max_num_batched_tokens=NUM_DECODES + PREFILL_TOKENS,
             max_num_seqs=NUM_DECODES + 1,
             max_model_len=8192,
-            num_layer_groups=num_layer_groups,
+            num_layer_groups=setup.num_layer_groups,
         ),
-        block_size_tokens=BLOCK_SIZE_TOKENS,
+        block_size_tokens=block_size,
+        copy_blocks=setup.copy_blocks,
     )
 
 
-def make_parts() -> list[ScheduledRequest]:
+def make_parts(setup: Setup) -> list[ScheduledRequest]:
     """Return the requests of every step: decodes, and a piece behind the reloaded blocks, which
-    are device blocks [0, NUM_RELOADED_BLOCKS)."""
-    num_cached_tokens = NUM_RELOADED_BLOCKS * BLOCK_SIZE_TOKENS
-    num_piece_blocks = NUM_RELOADED_BLOCKS + PREFILL_TOKENS // BLOCK_SIZE_TOKENS
-    parts = [make_part("piece", num_cached_tokens, PREFILL_TOKENS, range(num_piece_blocks))]
+    are the first of the device."""
+    block_size = setup.block_size_tokens
+    num_piece_blocks = setup.num_reloaded_blocks + PREFILL_TOKENS // block_size
+    parts = [make_part("piece", NUM_RELOADED_TOKENS, PREFILL_TOKENS, range(num_piece_blocks))]
     first = num_piece_blocks
-    num_decode_blocks = DECODE_CONTEXT_TOKENS // BLOCK_SIZE_TOKENS + 1
+    num_decode_blocks = DECODE_CONTEXT_TOKENS // block_size + 1
     for index in range(NUM_DECODES):
         blocks = range(first, first + num_decode_blocks)
         parts.append(make_part(f"decode-{index}", DECODE_CONTEXT_TOKENS, 1, blocks))
@@ -134,57 +169,90 @@ def make_part(
 def make_plan(
     step_id: int,
     parts: Sequence[ScheduledRequest],
-    direction: TransferDirection | None,
+    transfers: Sequence[KVTransfer] = (),
     *,
     waits_for_transfers: bool = False,
 ) -> SchedulerOutput:
-    """Return one step, with a copy of all reloaded blocks in this direction, or none."""
-    generator = torch.Generator().manual_seed(0)
-    # Scattered on the host, as after hours of serving, so that no two blocks are copied as one.
-    host_blocks = torch.randperm(NUM_RELOADED_BLOCKS, generator=generator).tolist()
-    device_blocks = tuple(range(NUM_RELOADED_BLOCKS))
-    transfers: tuple[KVTransfer, ...] = ()
-    if direction is not None:
-        transfers = (KVTransfer(step_id, "piece", direction, device_blocks, tuple(host_blocks)),)
+    """Return one step."""
     return SchedulerOutput(
         step_id=step_id,
         scheduled=tuple(parts),
         preempted_ids=(),
         finished_ids=(),
-        transfers=transfers,
+        transfers=tuple(transfers),
         predicted_step_s=0.0,
         reasons=ScheduleReasons(),
         waits_for_transfers=waits_for_transfers,
     )
 
 
-def measure(num_layer_groups: int, num_steps: int) -> dict[str, list[StepOutput]]:
+class Steps:
+    """Runs steps of one engine that copy the piece's blocks."""
+
+    def __init__(self, engine: TorchEngine, setup: Setup) -> None:
+        self._engine, self._parts = engine, make_parts(setup)
+        self._num_blocks, self._num_steps = setup.num_reloaded_blocks, 0
+        # Scattered on the host, as after hours of serving, so that no two are copied as one.
+        generator = torch.Generator().manual_seed(0)
+        self._host_blocks = torch.randperm(2 * self._num_blocks, generator=generator).tolist()
+        self._run(make_plan(0, self._parts[:1]))  # something worth copying
+        self._run(make_plan(1, (), [self._transfer(TransferDirection.OFFLOAD, is_spare=False)]))
+
+    def run(self, variant: Variant) -> StepOutput:
+        """Return the step's own output; what it leaves on its way has ended."""
+        transfers = []
+        if variant.direction is not None:
+            is_spare = variant.direction is TransferDirection.OFFLOAD
+            transfers = [self._transfer(variant.direction, is_spare=is_spare)]
+        return self._run(
+            make_plan(
+                self._num_steps,
+                self._parts,
+                transfers,
+                waits_for_transfers=variant.waits_for_transfers,
+            )
+        )
+
+    def _run(self, plan: SchedulerOutput) -> StepOutput:
+        self._num_steps += 1
+        output = latest = self._engine.step(plan)
+        ended = set(latest.completed_transfers)
+        while latest.failed_transfers or ended < {t.transfer_id for t in plan.transfers}:
+            if latest.failed_transfers:
+                raise EngineError(f"a copy failed: {latest.failed_transfers}")
+            self._num_steps += 1
+            latest = self._engine.step(make_plan(self._num_steps, ()))
+            ended |= set(latest.completed_transfers)
+        return output
+
+    def _transfer(self, direction: TransferDirection, *, is_spare: bool) -> KVTransfer:
+        """Return a copy of the piece's blocks, or, if `is_spare`, to where nobody needs them."""
+        first = self._num_blocks if is_spare else 0
+        host_blocks = self._host_blocks[first : first + self._num_blocks]
+        device_blocks = tuple(range(self._num_blocks))
+        return KVTransfer(self._num_steps, "piece", direction, device_blocks, tuple(host_blocks))
+
+
+def measure(
+    setup: Setup, tensors: Mapping[str, torch.Tensor], num_steps: int
+) -> dict[str, list[StepOutput]]:
     """Return the measured steps of each variant; variants take turns."""
-    engine = make_engine(num_layer_groups)
-    parts = make_parts()
+    engine = make_engine(setup, tensors)
     try:
-        engine.step(make_plan(0, parts[:1], None))  # something worth copying
-        engine.step(make_plan(1, (), TransferDirection.OFFLOAD))
+        steps = Steps(engine, setup)
         outputs: dict[str, list[StepOutput]] = {variant.name: [] for variant in VARIANTS}
-        step_id = 1
         num_warm_up_steps = 3
         for index in range(num_warm_up_steps + num_steps):
             for variant in VARIANTS:
-                step_id += 1
-                plan = make_plan(
-                    step_id,
-                    parts,
-                    TransferDirection.ONBOARD if variant.is_reloading else None,
-                    waits_for_transfers=variant.waits_for_transfers,
-                )
-                output = engine.step(plan)
-                if output.failed_transfers:
-                    sys.exit(f"a copy failed: {output.failed_transfers}")
+                output = steps.run(variant)
                 if index >= num_warm_up_steps:
                     outputs[variant.name].append(output)
         return outputs
     finally:
         engine.close()
+        del engine
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def figures_of(outputs: Mapping[str, Sequence[StepOutput]]) -> dict[str, float]:
@@ -208,29 +276,23 @@ def figures_of(outputs: Mapping[str, Sequence[StepOutput]]) -> dict[str, float]:
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argument_parser(__doc__)
-    parser.add_argument("--layer-groups", type=_positive, default=4)
-    arguments = parser.parse_args()
+    arguments = argument_parser(__doc__).parse_args()
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA device; PyTorch sees none")
-    outputs = measure(arguments.layer_groups, 10 if arguments.quick else 50)
-    report(
-        {
-            "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "reloaded_blocks_per_step": NUM_RELOADED_BLOCKS,
-            "block_size_tokens": BLOCK_SIZE_TOKENS,
-            "layer_groups": arguments.layer_groups,
-            **figures_of(outputs),
-        },
-        file_name=arguments.json,
-    )
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
+    tensors = random_tensors()
+    figures: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "reloaded_tokens_per_step": NUM_RELOADED_TOKENS,
+        "setups": {},
+    }
+    for name, setup in SETUPS.items():
+        try:
+            outputs = measure(setup, tensors, 10 if arguments.quick else 30)
+            figures["setups"][name] = figures_of(outputs)
+        except EngineError as error:
+            figures["setups"][name] = str(error)
+        report(figures, file_name=arguments.json)
 
 
 if __name__ == "__main__":

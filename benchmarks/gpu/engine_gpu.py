@@ -11,6 +11,7 @@ python -m benchmarks.gpu.engine_gpu
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import subprocess
@@ -85,7 +86,7 @@ def median_step_s(engine: TorchEngine, parts: Sequence[ScheduledRequest], num_st
     """Return how long the same step takes, as its caller sees it."""
     durations = []
     for index in range(NUM_WARM_UP_STEPS + num_steps):
-        plan = make_plan(index, parts, None)
+        plan = make_plan(index, parts)
         started_s = time.perf_counter()
         output = engine.step(plan)
         durations.append(time.perf_counter() - started_s)
@@ -162,6 +163,10 @@ def measure_engine(*, is_quick: bool) -> dict[str, Any]:
         }
     finally:
         engine.close()
+        # The peer's process needs the memory.
+        del engine
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def measure_transformers(*, is_quick: bool, timeout_s: int) -> dict[str, Any]:
@@ -183,7 +188,11 @@ def measure_transformers(*, is_quick: bool, timeout_s: int) -> dict[str, Any]:
             errors += f"\nstopped after {timeout_s} s"
     lines = [line for line in output.splitlines() if line.startswith("{")]
     figures: dict[str, Any] = json.loads(lines[-1]) if lines else {}
-    return figures if process.returncode == 0 else figures | {"error": errors[-2000:]}
+    if errors:
+        print(errors[-3000:], file=sys.stderr)
+    if process.returncode != 0:
+        figures["error"] = errors.strip().rpartition("\n")[2]
+    return figures
 
 
 def add_ratios(figures: dict[str, Any], peer: dict[str, Any]) -> None:
@@ -193,7 +202,7 @@ def add_ratios(figures: dict[str, Any], peer: dict[str, Any]) -> None:
             figures["decode_ratio_to_" + name] = {
                 size: round(figures["decode"][size]["tokens_per_s"] / tokens_per_s, 2)
                 for size, tokens_per_s in measured.items()
-                if isinstance(tokens_per_s, float)
+                if isinstance(tokens_per_s, float) and tokens_per_s > 0
             }
 
 
@@ -212,13 +221,14 @@ def main() -> None:
         "context_tokens": CONTEXT_TOKENS,
         **measure_engine(is_quick=arguments.quick),
     }
+    report(figures, file_name=arguments.json)
     if not arguments.no_transformers:
         peer = measure_transformers(
-            is_quick=arguments.quick, timeout_s=45 if arguments.quick else 150
+            is_quick=arguments.quick, timeout_s=45 if arguments.quick else 120
         )
         figures["transformers"] = peer
         add_ratios(figures, peer)
-    report(figures, file_name=arguments.json)
+        report(figures, file_name=arguments.json)
 
 
 if __name__ == "__main__":
