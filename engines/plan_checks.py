@@ -9,21 +9,46 @@ from orchestrator.core.kv_transfer import KVTransfer, TransferDirection
 from orchestrator.core.ports import EngineCapabilities, ScheduledRequest, SchedulerOutput
 
 
-def check_plan(plan: SchedulerOutput, limits: EngineCapabilities) -> None:
-    """Raise ValueError, naming request, value and limit, if what the plan computes breaks the
-    contract of `SchedulerOutput` or a limit of the engine."""
-    parts = plan.scheduled
-    if len(parts) > limits.max_num_seqs:
-        raise ValueError(f"{len(parts)} requests in one step, max_num_seqs {limits.max_num_seqs}")
-    if plan.num_new_tokens > limits.max_num_batched_tokens:
-        raise ValueError(
-            f"{plan.num_new_tokens} new tokens in one step, "
-            f"max_num_batched_tokens {limits.max_num_batched_tokens}"
-        )
-    if len({part.request_id for part in parts}) != len(parts):
-        raise ValueError("a request is scheduled twice in one step")
-    for part in parts:
-        _check_part(part, limits)
+class PlanChecks:
+    """Checks what plans for one engine compute. A request's blocks of the step before are not
+    looked at again."""
+
+    def __init__(self, limits: EngineCapabilities) -> None:
+        self._limits = limits
+        self._checked: dict[str, tuple[Sequence[int], int]] = {}
+
+    def check(self, plan: SchedulerOutput) -> None:
+        """Raise ValueError, naming request, value and limit, if what the plan computes breaks the
+        contract of `SchedulerOutput` or a limit of the engine."""
+        parts, limits = plan.scheduled, self._limits
+        if len(parts) > limits.max_num_seqs:
+            raise ValueError(
+                f"{len(parts)} requests in one step, max_num_seqs {limits.max_num_seqs}"
+            )
+        if plan.num_new_tokens > limits.max_num_batched_tokens:
+            raise ValueError(
+                f"{plan.num_new_tokens} new tokens in one step, "
+                f"max_num_batched_tokens {limits.max_num_batched_tokens}"
+            )
+        before, self._checked = self._checked, {}
+        for part in parts:
+            _check_part(part, limits)
+            request_id, blocks = part.request_id, part.block_ids
+            known, count = before.get(request_id, (blocks, 0))
+            if known is not blocks:
+                count = 0
+            if count < len(blocks):
+                self._check_blocks(request_id, blocks[count:])
+            self._checked[request_id] = blocks, len(blocks)
+        if len(self._checked) != len(parts):
+            raise ValueError("a request is scheduled twice in one step")
+
+    def _check_blocks(self, request_id: str, blocks: Sequence[int]) -> None:
+        if not 0 <= min(blocks) <= max(blocks) < self._limits.num_device_blocks:
+            raise ValueError(
+                f"request {request_id} is scheduled with a block outside of the pool's "
+                f"{self._limits.num_device_blocks}"
+            )
 
 
 def _check_part(part: ScheduledRequest, limits: EngineCapabilities) -> None:
@@ -35,8 +60,6 @@ def _check_part(part: ScheduledRequest, limits: EngineCapabilities) -> None:
         wrong = f"{end} tokens, max_model_len {limits.max_model_len}"
     elif end > room_tokens:
         wrong = f"{end} tokens in {len(part.block_ids)} blocks, which hold {room_tokens}"
-    elif not 0 <= min(part.block_ids) <= max(part.block_ids) < limits.num_device_blocks:
-        wrong = f"a block outside of the pool's {limits.num_device_blocks}"
     else:
         return
     raise ValueError(f"request {part.request_id} is scheduled with {wrong}")

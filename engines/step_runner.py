@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from engines.kv_copies import CopyReport
-from engines.plan_checks import check_plan, check_transfers
+from engines.plan_checks import PlanChecks, check_transfers
 from orchestrator.core.errors import EngineStepError
 from orchestrator.core.kv_transfer import KVTransfer
 from orchestrator.core.ports import (
@@ -89,6 +89,7 @@ class StepRunner:
         for transfers. `grammars` is for an engine whose capabilities have no grammar obstacle."""
         self._limits, self._copies = capabilities, copies
         self._vocab_size, self._compute_logits = vocab_size, compute
+        self._plan_checks = PlanChecks(capabilities)
         self._sampler = Sampler(vocab_size, grammars)
 
     def run(self, plan: SchedulerOutput) -> StepOutput:
@@ -104,11 +105,13 @@ class StepRunner:
         started_s = time.perf_counter()
         self._sampler.forget(plan.finished_ids)
         try:
-            check_plan(plan, self._limits)
+            self._plan_checks.check(plan)
             check_transfers(plan, self._limits, self._copies.in_flight)
             self._copies.start(plan.transfers)
             failed = self._foreign_tokens(plan.scheduled)
-            parts = [part for part in plan.scheduled if part.request_id not in failed]
+            parts: Sequence[ScheduledRequest] = plan.scheduled
+            if failed:
+                parts = [part for part in parts if part.request_id not in failed]
             if plan.waits_for_transfers:
                 self._copies.hold_compute()
             tokens = self._compute(parts, failed) if parts else {}
@@ -144,11 +147,13 @@ class StepRunner:
 
     def _is_foreign(self, part: ScheduledRequest) -> bool:
         token_ids, biases = part.token_ids, part.request.spec.sampling.logit_bias
-        return (
-            min(token_ids) < 0
-            or max(token_ids) >= self._vocab_size
-            or any(not 0 <= token_id < self._vocab_size for token_id, _ in biases)
-        )
+        if len(token_ids) == 1:  # the many decodes of a step
+            smallest = largest = token_ids[0]
+        else:
+            smallest, largest = min(token_ids), max(token_ids)
+        if smallest < 0 or largest >= self._vocab_size:
+            return True
+        return bool(biases) and not all(0 <= token < self._vocab_size for token, _ in biases)
 
     @torch.inference_mode()
     def _compute(
@@ -161,7 +166,7 @@ class StepRunner:
         rows = [
             row
             for row, part in enumerate(step.sequences)
-            if part.is_sampled and part.request_id not in lost
+            if part.is_sampled and not (lost and part.request_id in lost)
         ]
         tokens = self._sample(step, rows, failed)
         if step.logits.is_cuda:
