@@ -288,7 +288,7 @@ def main() -> None:
     }
     for name, setup in SETUPS.items():
         try:
-            outputs = measure(setup, tensors, 10 if arguments.quick else 30)
+            outputs = measure(setup, tensors, 10 if arguments.quick else 20)
             figures["setups"][name] = figures_of(outputs)
         except EngineError as error:
             figures["setups"][name] = str(error)

@@ -224,7 +224,7 @@ def main() -> None:
     report(figures, file_name=arguments.json)
     if not arguments.no_transformers:
         peer = measure_transformers(
-            is_quick=arguments.quick, timeout_s=45 if arguments.quick else 120
+            is_quick=arguments.quick, timeout_s=45 if arguments.quick else 95
         )
         figures["transformers"] = peer
         add_ratios(figures, peer)

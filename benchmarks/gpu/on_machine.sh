@@ -26,5 +26,5 @@ run_tests tests/gpu/test_copy_ways.py >"$out/tests_copies.log" 2>&1
 run_tests --noconftest tests/engines/test_triton_kernels.py tests/engines/test_triton_decoder.py \
     tests/orchestrator/test_device_sampling.py >"$out/tests_kernels.log" 2>&1
 for log in "$out"/tests_*.log; do tail -n 4 "$log"; done
-run_benchmark 70 copy_overlap "$@"
-run_benchmark 150 engine_gpu "$@"
+run_benchmark 80 copy_overlap "$@"
+run_benchmark 140 engine_gpu "$@"
