@@ -26,7 +26,6 @@ from engines.block_copies import CopyBlocks, copy_blocks
 from engines.torch_engine import TorchEngine, TorchEngineOptions
 from engines.torch_engine.config import LlamaConfig
 from engines.torch_engine.weights import tensor_shapes
-from engines.triton_copies import copy_by_kernel
 from orchestrator.core.errors import EngineError
 from orchestrator.core.kv_transfer import KVTransfer, TransferDirection
 from orchestrator.core.ports import (
@@ -88,17 +87,15 @@ class Setup:
         return NUM_RELOADED_TOKENS // self.block_size_tokens
 
 
-# The engine's own are batches in 16 groups. PyTorch's copies cost the host so much per block and
+# The engine's own are batches in 8 groups. PyTorch's copies cost the host so much per block and
 # group that more than 6 groups would take it longer than the step.
 SETUPS = {
     "torch, 6 groups": Setup(copy_blocks, 6),
     "torch, 6 groups, blocks of 16": Setup(copy_blocks, 6, block_size_tokens=16),
-    "kernel, 16 groups": Setup(copy_by_kernel, 16),
-    "kernel, 16 groups, blocks of 16": Setup(copy_by_kernel, 16, block_size_tokens=16),
-    "batch, 16 groups": Setup(copy_in_batch, 16),
-    "batch, 16 groups, blocks of 16": Setup(copy_in_batch, 16, block_size_tokens=16),
     "batch, 8 groups": Setup(copy_in_batch, 8),
-    "batch, 32 groups": Setup(copy_in_batch, 32),
+    "batch, 8 groups, blocks of 16": Setup(copy_in_batch, 8, block_size_tokens=16),
+    "batch, 4 groups": Setup(copy_in_batch, 4),
+    "batch, 16 groups": Setup(copy_in_batch, 16),
 }
 
 

@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Precisions by the names that options have for them."""
 
-NUM_LAYER_GROUPS = 16
+NUM_LAYER_GROUPS = 8
 """Parts in which onboarded blocks arrive, unless the options say otherwise. Of 32 layers, the first
-is one and the last three: between 3 and 9 % of the copy, the latter if it takes as long as the
-computation, does not hide. xLLM has 4 equal ones, with 25 %."""
+is one. On an H200 more parts cost more than the smaller ones at the end hide
+(`benchmarks/gpu/copy_overlap.py`). xLLM has 4 equal ones, of which a quarter cannot hide."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

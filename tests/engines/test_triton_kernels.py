@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from engines.block_copies import BlockPieces
-from engines.kv_pool import KVLayout
-from tests.engines.copies import onboard
 from tests.engines.tiny_llama import tiny_config
 from tests.engines.triton_device import DEVICE
 
@@ -20,7 +17,6 @@ pytest.importorskip("triton")
 
 from engines.torch_engine import triton_attention as attention
 from engines.torch_engine import triton_layers as layers
-from engines.triton_copies import copy_by_kernel
 from orchestrator.triton_fetch import store_on_host
 
 # ||error|| / ||reference||: of float32 sums, and of one rounding to bfloat16 of 8 bits.
@@ -226,22 +222,6 @@ def test_rotation_stores_keys_and_values_where_slots_say(dtype: torch.dtype) -> 
     stored = torch.stack((blocks[1, :, :, 2], blocks[4, :, :, 1]))
     assert_close(stored, expected[:2, 12:].unflatten(1, (2, 3)))
     assert blocks.count_nonzero() == stored.count_nonzero()
-
-
-def test_pieces_of_blocks_are_copied() -> None:
-    """Layers 1 and 2 of blocks 4, 0 and 3, by fewer programs than there are chunks; a piece of
-    2 * 2 * 3 * 4 * 800 bytes is two chunks, the second not full."""
-    layout = KVLayout(num_layers=4, num_kv_heads=3, block_size_tokens=4, head_dim=200)
-    source = random_tensor(5, *layout.block_shape, dtype=torch.float32)
-    target = torch.zeros_like(source)
-    pieces = BlockPieces(source, (4, 0, 3), target, (1, 2, 0), slice(1, 3))
-    transfer = onboard(1, pieces.target_ids, pieces.source_ids)
-
-    copy_by_kernel(transfer, pieces, num_programs=2)
-
-    expected = torch.zeros_like(source)
-    expected[[1, 2, 0], 1:3] = source[[4, 0, 3], 1:3]
-    assert torch.equal(target, expected)
 
 
 def test_numbers_are_stored_on_the_host() -> None:

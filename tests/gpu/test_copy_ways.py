@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engines.batch_copies import copy_in_batch
-from engines.block_copies import CopyBlocks, copy_blocks
+from engines.block_copies import copy_blocks
 from engines.kv_copies import KVCopies
 from engines.kv_pool import KVLayout, KVPool
 from tests.engines.copies import offload, onboard
@@ -17,13 +17,7 @@ NUM_BLOCKS = 40
 LAYOUT = KVLayout(num_layers=6, num_kv_heads=8, block_size_tokens=16, head_dim=128)
 
 
-def copy_by_kernel() -> CopyBlocks:
-    from engines.triton_copies import copy_by_kernel
-
-    return copy_by_kernel
-
-
-WAYS = {"torch": lambda: copy_blocks, "batch": lambda: copy_in_batch, "kernel": copy_by_kernel}
+WAYS = {"torch": copy_blocks, "batch": copy_in_batch}
 
 
 @pytest.mark.parametrize("num_layer_groups", [1, 4])
@@ -39,11 +33,12 @@ def test_blocks_go_and_come_back_to_other_places(way: str, num_layer_groups: int
     )
     pool.blocks.normal_()
     before = pool.blocks.clone()
-    copies = KVCopies(pool, num_layer_groups=num_layer_groups, copy_blocks=WAYS[way]())
+    copies = KVCopies(pool, num_layer_groups=num_layer_groups, copy_blocks=WAYS[way])
     left, host, back = (torch.randperm(NUM_BLOCKS)[1:].tolist() for _ in range(3))
 
     copies.start([offload(1, left, host)])
     copies.hold_compute()
+    torch.cuda.synchronize()
     assert copies.finish_step().completed == (1,)
     pool.blocks.fill_(float("nan"))
     copies.start([onboard(2, back, host)])
