@@ -26,6 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from orchestrator.core.errors import EngineDirectoryError, RequestRejected
 from router.engine_files import read_object, read_text, stored_eos_token_ids
+from router.word_cache import WordCache, can_split
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -43,7 +44,7 @@ Tool = Mapping[str, Any]
 
 
 class Tokenizer:
-    """The tokenizer of one model. Immutable; any thread may use it."""
+    """The tokenizer of one model. Any thread may use it."""
 
     def __init__(
         self,
@@ -68,6 +69,9 @@ class Tokenizer:
         if not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
             raise ValueError("its decoder is not ByteLevel, the only one supported")
         self._tokenizer = _load(described)
+        self._words = WordCache(self._encode_directly) if can_split(described) else None
+        alone = self._tokenizer.encode("a", add_special_tokens=False).ids
+        self._adds_tokens = self._tokenizer.encode("a", add_special_tokens=True).ids != alone
         # Knows no special tokens, so that it reads their names as text.
         self._text_tokenizer = _load({**described, "added_tokens": []})
         added_tokens = self._tokenizer.get_added_tokens_decoder()
@@ -150,7 +154,9 @@ class Tokenizer:
             RequestRejected: `text` is not valid Unicode (field `prompt`).
         """
         _check_unicode(text, field="prompt")
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if not (add_special_tokens and self._adds_tokens):
+            return self._encode_rendered(text)
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=True).ids
         return ids
 
     @property
@@ -268,6 +274,9 @@ class Tokenizer:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def _encode_rendered(self, text: str) -> list[int]:
+        return self._encode_directly(text) if self._words is None else self._words.encode(text)
+
+    def _encode_directly(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
