@@ -127,7 +127,7 @@ class RouterService:
         await self.pool.stop()
         if self.directory is not None:
             await self.directory.stop()
-        await self.client.close()
+        self.client.close()
 
     def identify(self, request: Request) -> Client:
         """Return who sends a request; without a clients file, everybody.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from http import HTTPStatus
+from types import TracebackType
 from typing import TypeVar
 
-import aiohttp
-import httpx
+import httptools
 import msgspec
-from httpx_aiohttp import AiohttpTransport
 
 from orchestrator.core.errors import NodeUnavailable, RequestRejected
 from orchestrator.wire import (
@@ -19,13 +19,10 @@ from orchestrator.wire import (
     NodeSnapshot,
     TokenEvent,
 )
-from router.upstream_socket import open_upstream_socket
+from router.node_connection import NodeConnection, NodeConnections
 
 Answer = TypeVar("Answer")
 
-# A node's server (uvicorn) closes idle connections after 5 s; being first avoids sending a
-# request into a connection that is just being closed.
-KEEPALIVE_S = 3.0
 MAX_LINE_BYTES = 1024 * 1024
 
 HEARTBEATS_PER_STALL = 5
@@ -39,25 +36,18 @@ _error_decoder = msgspec.json.Decoder(ErrorBody)
 
 
 class NodeClient:
-    """Talks to any number of nodes over kept connections. Belongs to one event loop.
-
-    httpx runs on aiohttp's transport: its own costs six times the CPU per request.
-    """
+    """Talks to any number of nodes over kept connections. Belongs to one event loop."""
 
     def __init__(self, *, connect_timeout_s: float, stall_timeout_s: float) -> None:
         """A node that is silent on a sequence for `stall_timeout_s` has lost it; it is asked for
         signs of life that come several times as often."""
         self._heartbeat_s = stall_timeout_s / HEARTBEATS_PER_STALL
-        self._timeout = httpx.Timeout(
-            connect=connect_timeout_s, read=stall_timeout_s, write=stall_timeout_s, pool=None
-        )
-        transport = AiohttpTransport(client=_open_session)
-        # No proxies and credentials from the environment: nodes are addressed as configured.
-        self._http = httpx.AsyncClient(transport=transport, trust_env=False)
+        self._stall_timeout_s = stall_timeout_s
+        self._connections = NodeConnections(connect_timeout_s=connect_timeout_s)
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Close all connections. No call follows."""
-        await self._http.aclose()
+        self._connections.close()
 
     async def describe(self, url: str, *, timeout_s: float) -> NodeDescription:
         """Return what the node at `url` serves.
@@ -65,7 +55,7 @@ class NodeClient:
         Raises:
             NodeUnavailable: there is no usable answer within `timeout_s`.
         """
-        return await self._get(f"{url}/v1/node", NodeDescription, timeout_s)
+        return await self._get(url, "/v1/node", NodeDescription, timeout_s)
 
     async def snapshot(self, url: str, *, timeout_s: float) -> NodeSnapshot:
         """Return the load of the node at `url`.
@@ -73,7 +63,7 @@ class NodeClient:
         Raises:
             NodeUnavailable: there is no usable answer within `timeout_s`.
         """
-        return await self._get(f"{url}/v1/snapshot", NodeSnapshot, timeout_s)
+        return await self._get(url, "/v1/snapshot", NodeSnapshot, timeout_s)
 
     async def snapshots(self, url: str, *, timeout_s: float) -> AsyncGenerator[NodeSnapshot]:
         """Yield the load of the node at `url` whenever it changes, until the node ends it.
@@ -81,14 +71,15 @@ class NodeClient:
         Raises:
             NodeUnavailable: the node has no such stream, or is silent for `timeout_s`.
         """
-        with _as_node_unavailable(url):
-            async with self._http.stream(
-                "GET", f"{url}/v1/snapshots", timeout=timeout_s
-            ) as response:
-                if response.status_code != httpx.codes.OK:
-                    raise NodeUnavailable(_explain(url, response.status_code, b""))
-                async for line in response.aiter_lines():
-                    yield _snapshot_decoder.decode(line)
+        with _NodeUnavailableIfFailed(url):
+            request, lines = _get(url, "/v1/snapshots"), _Lines()
+            connection = await self._ask(url, request, timeout_s, _unavailable)
+            try:
+                while data := await connection.read():
+                    for snapshot in _snapshot_decoder.decode_lines(lines.ended_by(data) or b""):
+                        yield snapshot
+            finally:
+                self._connections.give_back(url, connection)
 
     async def generate(
         self, url: str, request: GenerateRequest
@@ -106,22 +97,26 @@ class NodeClient:
             RequestRejected: the node finds the request invalid.
         """
         request = msgspec.structs.replace(request, heartbeat_s=self._heartbeat_s)
-        is_finished = False
+        message = _post(url, "/v1/generate", _encoder.encode(request))
+        lines, is_finished = _Lines(), False
         try:
-            with _as_node_unavailable(url):
-                async with self._http.stream(
-                    "POST",
-                    f"{url}/v1/generate",
-                    content=_encoder.encode(request),
-                    headers={"content-type": "application/json", "accept-encoding": "identity"},
-                    timeout=self._timeout,
-                ) as response:
-                    if response.status_code != httpx.codes.OK:
-                        raise _refusal(url, response.status_code, await response.aread())
-                    async for events in _events(response):
+            with _NodeUnavailableIfFailed(url):
+                connection = await self._ask(url, message, self._stall_timeout_s, _refusal)
+                try:
+                    while data := await connection.read():
+                        ended = lines.ended_by(data)
+                        if ended is None:
+                            continue
+                        events, foreign = _events(ended)
                         is_finished = is_finished or _has_last(events)
-                        yield events
+                        if events or foreign is None:
+                            yield events
+                        if foreign is not None:
+                            raise foreign
                         # Read on to the end of the answer, so that the connection can be kept.
+                    lines.check_end()
+                finally:
+                    self._connections.give_back(url, connection)
         except NodeUnavailable:
             # Once everything was said, it does not matter how the connection ends.
             if not is_finished:
@@ -130,59 +125,124 @@ class NodeClient:
             if not is_finished:
                 raise NodeUnavailable(f"node {url} ended its answer before the request's end")
 
-    async def _get(self, url: str, answer_type: type[Answer], timeout_s: float) -> Answer:
-        with _as_node_unavailable(url):
-            response = await self._http.get(url, timeout=timeout_s)
-            if response.status_code != httpx.codes.OK:
-                raise NodeUnavailable(_explain(url, response.status_code, response.content))
-            return msgspec.json.decode(response.content, type=answer_type)
+    async def _get(
+        self, url: str, path: str, answer_type: type[Answer], timeout_s: float
+    ) -> Answer:
+        with _NodeUnavailableIfFailed(url):
+            async with asyncio.timeout(timeout_s):
+                connection = await self._ask(url, _get(url, path), timeout_s, _unavailable)
+                try:
+                    return msgspec.json.decode(await connection.read_all(), type=answer_type)
+                finally:
+                    self._connections.give_back(url, connection)
+
+    async def _ask(
+        self,
+        url: str,
+        request: bytes,
+        stall_timeout_s: float,
+        refusal: Callable[[str, int, bytes], Exception],
+    ) -> NodeConnection:
+        """Return a connection from which the body of the answer to `request` can be read, to be
+        given back.
+
+        If the node refuses, raises what `refusal` makes of its address, status and answer.
+        """
+        connection = await self._connections.take(url)
+        try:
+            status = await connection.ask(request, stall_timeout_s=stall_timeout_s)
+            if status != HTTPStatus.OK:
+                raise refusal(url, status, await connection.read_all())
+        except BaseException:
+            self._connections.give_back(url, connection)
+            raise
+        return connection
 
 
-def _open_session() -> aiohttp.ClientSession:
-    # The router bounds its load elsewhere; here a limit would only queue requests unseen.
-    connector = aiohttp.TCPConnector(
-        limit=0, keepalive_timeout=KEEPALIVE_S, socket_factory=open_upstream_socket
+def _get(url: str, path: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nhost: {_host(url)}\r\n\r\n".encode()
+
+
+def _post(url: str, path: str, content: bytes) -> bytes:
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: {_host(url)}\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(content)}\r\n\r\n"
     )
-    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+    return head.encode() + content
+
+
+def _host(url: str) -> str:
+    return url.partition("://")[2]
 
 
 def _has_last(events: Sequence[TokenEvent]) -> bool:
     return bool(events) and events[-1].finish_reason is not None
 
 
-async def _events(response: httpx.Response) -> AsyncGenerator[Sequence[TokenEvent]]:
-    rest = b""
-    async for chunk in response.aiter_raw():
-        lines = (rest + chunk).split(b"\n")
-        rest = lines.pop()
-        if len(rest) > MAX_LINE_BYTES:
+class _Lines:
+    """The lines of an answer that comes in pieces."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def ended_by(self, data: bytes) -> bytes | None:
+        """Return the lines that end in the next piece, without the last one's end; None if none
+        does.
+
+        Raises:
+            NodeUnavailable: a line is too long.
+        """
+        ended, newline, self._rest = (self._rest + data).rpartition(b"\n")
+        if len(self._rest) > MAX_LINE_BYTES:
             raise NodeUnavailable(f"node sent a line of more than {MAX_LINE_BYTES:,} bytes")
+        return ended if newline else None
+
+    def check_end(self) -> None:
+        """No piece follows.
+
+        Raises:
+            NodeUnavailable: the last line has no end.
+        """
+        if self._rest:
+            raise NodeUnavailable("node ended its answer in the middle of a line")
+
+
+def _events(lines: bytes) -> tuple[list[TokenEvent], msgspec.MsgspecError | None]:
+    """Return the events before the first foreign line, and what is wrong with that."""
+    try:
+        return _event_decoder.decode_lines(lines), None
+    except msgspec.MsgspecError:
         events: list[TokenEvent] = []
         try:
-            for line in lines:
-                if line:
-                    events.append(_event_decoder.decode(line))
-        except msgspec.MsgspecError:
-            if events:
-                yield events
-            raise
-        if lines:
-            yield events
-    if rest:
-        raise NodeUnavailable("node ended its answer in the middle of a line")
+            for line in filter(None, lines.split(b"\n")):
+                events.append(_event_decoder.decode(line))
+        except msgspec.MsgspecError as error:
+            return events, error
+        raise
 
 
-@contextmanager
-def _as_node_unavailable(url: str) -> Iterator[None]:
-    try:
-        yield
-    except (httpx.HTTPError, aiohttp.ClientError, TimeoutError) as error:
-        # The transport names timeouts and lost connections alike; its cause is the true one.
-        cause = error.__cause__ or error
-        reason = str(cause) or type(cause).__name__
-        raise NodeUnavailable(f"node {url} does not answer: {reason}") from error
-    except msgspec.MsgspecError as error:
-        raise NodeUnavailable(f"node {url} gave a foreign answer: {error}") from error
+class _NodeUnavailableIfFailed:
+    """Runs its body; what goes wrong on the way to a node, or is not as agreed, is raised as
+    NodeUnavailable. A class, since one made of a generator costs 3 us a request."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        match error:
+            case OSError() | httptools.HttpParserError() | httptools.HttpParserUpgrade():
+                reason = str(error) or type(error).__name__
+                raise NodeUnavailable(f"node {self._url} does not answer: {reason}") from error
+            case msgspec.MsgspecError():
+                raise NodeUnavailable(f"node {self._url} gave a foreign answer: {error}") from error
 
 
 def _refusal(url: str, status: int, body: bytes) -> NodeUnavailable | RequestRejected:
@@ -193,11 +253,13 @@ def _refusal(url: str, status: int, body: bytes) -> NodeUnavailable | RequestRej
         except msgspec.MsgspecError:
             return NodeUnavailable(f"node {url} answered {status} without saying why")
         return RequestRejected(answer.message, field=answer.field)
-    return NodeUnavailable(_explain(url, status, body))
+    return _unavailable(url, status, body)
 
 
-def _explain(url: str, status: int, body: bytes) -> str:
+def _unavailable(url: str, status: int, body: bytes) -> NodeUnavailable:
     try:
-        return f"node {url} answered {status}: {_error_decoder.decode(body).message}"
+        return NodeUnavailable(
+            f"node {url} answered {status}: {_error_decoder.decode(body).message}"
+        )
     except msgspec.MsgspecError:
-        return f"node {url} answered {status}"
+        return NodeUnavailable(f"node {url} answered {status}")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import socket
 
-from aiohttp import AddrInfoType
-
 KEEPALIVE_IDLE_S = 1
 KEEPALIVE_INTERVAL_S = 1
 KEEPALIVE_PROBES = 3
@@ -13,17 +11,15 @@ USER_TIMEOUT_MS = 2000
 """Nothing was acknowledged for this long: the connection is dead."""
 
 
-def open_upstream_socket(address: AddrInfoType) -> socket.socket:
-    """Return an unconnected socket for one address of a node.
+def probe_other_end(connected: socket.socket) -> None:
+    """Make a connection to a node notice that the node is gone, and send what it has at once.
 
     A peer that is switched off, or behind a cut cable, sends no end of the connection; Linux by
     itself notices after many minutes. Here it is probed after a second of silence, and given up
     two seconds after it was last heard, however long the node may think before its first token.
     The user timeout overrules the number of probes; alone they would take four seconds.
     """
-    family, kind, protocol, _, _ = address
-    opened = socket.socket(family, kind, protocol)
-    opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (
         (socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S),
         (socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S),
@@ -31,5 +27,4 @@ def open_upstream_socket(address: AddrInfoType) -> socket.socket:
         (socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS),
         (socket.TCP_NODELAY, 1),
     ):
-        opened.setsockopt(socket.IPPROTO_TCP, option, value)
-    return opened
+        connected.setsockopt(socket.IPPROTO_TCP, option, value)

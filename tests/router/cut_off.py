@@ -47,7 +47,7 @@ async def notice(url: str, num_tokens: int) -> str:
     except NodeUnavailable as error:
         return str(error)
     finally:
-        await client.close()
+        client.close()
     return "the answer ended"
 
 

@@ -54,7 +54,7 @@ async def started_pool(
         yield pool
     finally:
         await pool.stop()
-        await client.close()
+        client.close()
 
 
 def usable_ids(pool: EndpointPool, clock: ManualClock) -> list[str]:

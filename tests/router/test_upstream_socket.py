@@ -59,7 +59,7 @@ async def test_connections_to_nodes_probe_the_other_end_and_give_up_after_two_se
                 "TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT", "TCP_NODELAY"
             )
         }  # fmt: skip
-    await client.close()
+    client.close()
     assert options == {
         "TCP_KEEPIDLE": 1,
         "TCP_KEEPINTVL": 1,
