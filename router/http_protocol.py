@@ -9,14 +9,15 @@ import asyncio
 from typing import Any, cast
 
 import msgspec
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from router.errors import http_error_answer
+from router.one_write import OneWriteProtocol
 
 _REASONS = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
 
 
-class GuardedHttpProtocol(HttpToolsProtocol):
+class GuardedHttpProtocol(OneWriteProtocol):
     """One connection; what is no HTTP is refused in the shape of all errors."""
 
     head_timeout_s = 10.0

@@ -11,7 +11,7 @@
 | a retry hits the dead worker again | `tests/router/test_failover.py::test_a_failed_node_is_not_tried_again`, `tests/router/test_resume.py::test_a_sequence_never_returns_to_the_process_that_failed_on_it` |
 | an error does not tell overload from no worker, nor when to come again | `tests/router/test_complaints.py::test_too_busy_and_nobody_there_are_told_apart` |
 | there is no deadline for one request, or it changes nothing | `tests/router/test_complaints.py::test_the_deadline_of_one_request_decides_who_goes_first` |
-| batching of the stream delays the first token | `tests/router/test_streaming.py::test_headers_and_first_event_leave_in_one_write`, `tests/router/test_streaming.py::test_every_token_is_sent_before_the_next_one_is_made` |
+| batching of the stream delays the first token | `tests/router/test_speed_guards.py::test_headers_and_first_token_come_in_one_segment`, `tests/router/test_streaming.py::test_every_token_is_sent_before_the_next_one_is_made` |
 """
 
 # ruff: noqa: E501 - a table's row is one line

@@ -142,24 +142,6 @@ def test_logprobs_wait_for_the_text_they_belong_to(
     ]
 
 
-def test_headers_and_first_event_leave_in_one_write(
-    router: RunningRouter, node: FakeNode, hello: list[int]
-) -> None:
-    """Apart, they would be two segments, and Nagle's algorithm may hold the second one back.
-
-    The node stalls behind its first token, so nothing else could bring the event.
-    """
-    node.script = lambda _: [TokenEvent((hello[0],)), Stall(), *saying(hello[1:])(_)]
-    with router.connect() as connection:
-        connection.sendall(http_post("/v1/completions", COMPLETION))
-
-        first = connection.recv(65536)
-
-        assert first.startswith(b"HTTP/1.1 200 ")
-        assert b'data: {"id":"cmpl-' in first
-        assert b'"text":"Hello"' in first
-
-
 def test_every_token_is_sent_before_the_next_one_is_made(
     router: RunningRouter, node: FakeNode, hello: list[int]
 ) -> None:
