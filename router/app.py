@@ -14,6 +14,8 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match, Route
+from starlette.types import Scope
 
 from orchestrator.core.errors import ProServeError
 from orchestrator.core.ports import Clock
@@ -258,7 +260,6 @@ def create_app(
 
 
 def _add_generation_routes(app: FastAPI, service: RouterService) -> None:
-    @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         record: RequestRecord = request.state.record
 
@@ -274,7 +275,6 @@ def _add_generation_routes(app: FastAPI, service: RouterService) -> None:
 
         return await service.once(request, begin)
 
-    @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         record: RequestRecord = request.state.record
 
@@ -289,6 +289,23 @@ def _add_generation_routes(app: FastAPI, service: RouterService) -> None:
             return service.answer(plan, answer_format, record, sender.client)
 
         return await service.once(request, begin)
+
+    # Starlette's routes: FastAPI's resolve parameters, of which these have none, and cost a tenth
+    # of a request for it.
+    for path, endpoint in (
+        ("/v1/chat/completions", chat_completions),
+        ("/v1/completions", completions),
+    ):
+        app.router.routes.append(_PostRoute(path, endpoint, methods=["POST"]))
+
+
+class _PostRoute(Route):
+    """A route that says which it is, as FastAPI's do."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Return whether this is the route of a request, and what to add to its scope."""
+        match, found = super().matches(scope)
+        return match, {**found, "route": self}
 
 
 def _add_tokenizer_routes(app: FastAPI, service: RouterService) -> None:
