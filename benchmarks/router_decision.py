@@ -4,7 +4,8 @@
 
 Every node is loaded: it decodes, and some prompts wait, more of them in a second fleet. A decision
 is `offer` and `pick`, without the HTTP around it. Keeping the books is `begin_dispatch` with
-`note_first_token` and `end_dispatch` of each request, and `see` of each snapshot.
+`note_first_token` and `end_dispatch` of each request, and `see` of each snapshot, each with what
+the next reader pays for it: a node's figures are written when somebody reads them.
 """
 
 from __future__ import annotations
@@ -161,9 +162,11 @@ def bookkeeping_costs(fleet: Fleet, num_queued: int, num_calls: int) -> dict[str
         )
         fleet.note_first_token(dispatch)
         fleet.end_dispatch(dispatch)
+        _ = fleet.figures
 
     def see(index: int) -> None:
         fleet.see(endpoint_ids[index % len(endpoint_ids)], snapshots[index % len(snapshots)])
+        _ = fleet.figures
 
     return {"request": timed(live, num_calls), "snapshot": timed(see, num_calls)}
 

@@ -90,6 +90,9 @@ class _Endpoint:
     """One node, from which its row can be written anew."""
 
     snapshot: EndpointSnapshot | None = None
+    entries_of: EndpointSnapshot | None = None
+    """The snapshot for which the next two were made."""
+
     entries: list[_Entry] = field(default_factory=list)
     """The snapshot's queue."""
 
@@ -120,14 +123,40 @@ class Fleet:
         self._row_of = {endpoint_id: row for row, endpoint_id in enumerate(self.endpoint_ids)}
         self._endpoints = [_Endpoint() for _ in self.endpoint_ids]
         self._usable_until_s = np.full(len(self), -math.inf)
-        self._data: Floats = np.zeros((len(NodeFigures._fields), len(self)))
-        self.figures: NodeFigures[Floats] = NodeFigures(*self._data)
-        """Arrays of (num_endpoints,)."""
+        self._stale_rows: set[int] = set()
+        """Rows to write anew before somebody reads: several things may happen to a node between
+        two decisions, and to most nodes of a large fleet nothing that matters to any."""
 
+        self._data: Floats = np.zeros((len(NodeFigures._fields), len(self)))
+        self._figures: NodeFigures[Floats] = NodeFigures(*self._data)
         self._make_queues(_LEAST_WIDTH)
 
     def __len__(self) -> int:
         return len(self.endpoint_ids)
+
+    @property
+    def figures(self) -> NodeFigures[Floats]:
+        """Arrays of (num_endpoints,), as things are now: later changes may show in them or not."""
+        self._write_stale_rows()
+        return self._figures
+
+    @property
+    def due_s(self) -> Floats:
+        """When the entries of each node's queue are due, (num_endpoints, width), then -inf."""
+        self._write_stale_rows()
+        return self._due_s
+
+    @property
+    def weight(self) -> Floats:
+        """The gain of each entry, likewise, then 0."""
+        self._write_stale_rows()
+        return self._weight
+
+    @property
+    def work_s(self) -> Floats:
+        """The work of each entry, likewise, then 0."""
+        self._write_stale_rows()
+        return self._work_s
 
     def row_of(self, endpoint_id: str) -> int:
         """Return a node's row."""
@@ -163,14 +192,13 @@ class Fleet:
         row = self._row_of[endpoint_id]
         endpoint = self._endpoints[row]
         endpoint.snapshot = snapshot
-        endpoint.entries, endpoint.num_ahead = self._queue_of(snapshot)
         endpoint.unseen = [
             dispatch
             for dispatch in endpoint.unseen
             if dispatch.sent_at_s >= snapshot.complete_until_s
             and dispatch.instance_id == snapshot.instance_id
         ]
-        self._write(row)
+        self._stale_rows.add(row)
 
     def begin_dispatch(
         self,
@@ -186,15 +214,13 @@ class Fleet:
         assert snapshot is not None, "only nodes that are known are on offer"
         dispatch = Dispatch(endpoint_id, snapshot.instance_id, request, now_s, is_satisfiable)
         self._endpoints[row].unseen.append(dispatch)
-        self._write(row)
+        self._stale_rows.add(row)
         return dispatch
 
     def note_first_token(self, dispatch: Dispatch) -> None:
         """A sequence has produced output."""
         dispatch.has_first_token = True
-        row = self._row_of[dispatch.endpoint_id]
-        if dispatch in self._endpoints[row].unseen:
-            self._write(row)
+        self._stale_rows.add(self._row_of[dispatch.endpoint_id])
 
     def end_dispatch(self, dispatch: Dispatch) -> None:
         """A sequence has ended, however."""
@@ -202,7 +228,7 @@ class Fleet:
         unseen = self._endpoints[row].unseen
         if dispatch in unseen:
             unseen.remove(dispatch)
-            self._write(row)
+            self._stale_rows.add(row)
 
     def prefill_s(self, num_tokens: int, num_cached: Floats | None = None) -> Floats:
         """Return what a prompt costs each node (10), which has KV of its first `num_cached`."""
@@ -245,12 +271,21 @@ class Fleet:
             num_ahead += num if is_ahead else 0
         return entries, num_ahead
 
+    def _write_stale_rows(self) -> None:
+        if self._stale_rows:
+            for row in self._stale_rows:
+                self._write(row)
+            self._stale_rows.clear()
+
     def _write(self, row: int) -> None:
         """Write a node's row from its snapshot and what was sent since."""
         endpoint = self._endpoints[row]
         snapshot = endpoint.snapshot
         if snapshot is None:
             return
+        if endpoint.entries_of is not snapshot:
+            endpoint.entries_of = snapshot
+            endpoint.entries, endpoint.num_ahead = self._queue_of(snapshot)
         load, queue, capabilities = snapshot.load, snapshot.queue, snapshot.capabilities
         profile = queue.latency_profile
         decoding = [d.request for d in endpoint.unseen if d.has_first_token]
@@ -320,15 +355,15 @@ class Fleet:
         return entries, began_at_s, drained_at_s
 
     def _write_queue(self, row: int, entries: Sequence[_Entry]) -> None:
-        width, num_entries = self.due_s.shape[1], len(entries)
+        width, num_entries = self._due_s.shape[1], len(entries)
         if num_entries > width:
-            before = self.due_s, self.weight, self.work_s
+            before = self._due_s, self._weight, self._work_s
             self._make_queues(max(2 * width, num_entries))
-            for matrix, old in zip((self.due_s, self.weight, self.work_s), before, strict=True):
+            for matrix, old in zip((self._due_s, self._weight, self._work_s), before, strict=True):
                 matrix[:, :width] = old
         columns = np.array(entries).T if entries else np.empty((3, 0))
         for matrix, column, padding in zip(
-            (self.due_s, self.weight, self.work_s), columns, _PADDING, strict=True
+            (self._due_s, self._weight, self._work_s), columns, _PADDING, strict=True
         ):
             matrix[row, :num_entries] = column
             matrix[row, num_entries:] = padding
@@ -336,10 +371,10 @@ class Fleet:
     def _make_queues(self, width: int) -> None:
         """Make empty queue matrices, (num_endpoints, width): entries by deadline, then padding."""
         shape = (len(self), width)
-        self.due_s: Floats
-        self.weight: Floats
-        self.work_s: Floats
-        self.due_s, self.weight, self.work_s = (np.full(shape, padding) for padding in _PADDING)
+        self._due_s: Floats
+        self._weight: Floats
+        self._work_s: Floats
+        self._due_s, self._weight, self._work_s = (np.full(shape, padding) for padding in _PADDING)
 
 
 def max_sequence_tokens(capabilities: EngineCapabilities) -> int:

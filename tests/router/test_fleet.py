@@ -106,9 +106,9 @@ def test_a_prompt_is_priced_by_each_nodes_own_profile_and_by_what_it_has_of_it()
 
 def test_a_request_counts_as_queued_then_as_running_then_not_at_all() -> None:
     fleet = make_fleet({"a": make_snapshot(num_queued_prompt_tokens=5, num_running=2)})
-    figures = fleet.figures
 
     def counts() -> list[float]:
+        figures = fleet.figures
         columns = (figures.num_requests, figures.num_queued_tokens, figures.num_decoding)
         return [float(column[0]) for column in columns]
 
