@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
+import msgspec
 import structlog
 
 
@@ -17,14 +18,15 @@ def configure_logging(*, component: str) -> None:
         structlog.processors.format_exc_info,
     ]
     is_terminal = sys.stderr.isatty()
-    structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        cache_logger_on_first_use=True,
-    )
     renderer: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer() if is_terminal else structlog.processors.JSONRenderer()
+    )
+    # Our own lines go straight to the stream: through the standard library each costs 100 us.
+    structlog.configure(
+        processors=[*shared, renderer if is_terminal else _render_json],
+        logger_factory=_stderr_logger if is_terminal else _stderr_bytes_logger,
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler()
     handler.setFormatter(
@@ -37,3 +39,17 @@ def configure_logging(*, component: str) -> None:
     for name in ("orchestrator", "router", "engines"):
         logging.getLogger(name).setLevel(logging.INFO)
     structlog.contextvars.bind_contextvars(component=component)
+
+
+def _render_json(
+    _: structlog.typing.WrappedLogger, __: str, event: structlog.typing.EventDict
+) -> bytes:
+    return msgspec.json.encode(event, enc_hook=repr)
+
+
+def _stderr_logger(*_: object) -> structlog.PrintLogger:
+    return structlog.PrintLogger(sys.stderr)
+
+
+def _stderr_bytes_logger(*_: object) -> structlog.BytesLogger:
+    return structlog.BytesLogger(sys.stderr.buffer)
