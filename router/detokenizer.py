@@ -36,12 +36,23 @@ class IncrementalDetokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._matchers = [_StopMatcher(text) for text in stop]
         self._held = ""
+        self._is_between_characters = not stop
+        """Nothing is held back, and there is nothing to look for."""
 
         self.stopped_on: str | None = None
         """The stop string that ended the text."""
 
         self.num_tokens = 0
         """Tokens consumed; none is, after the one that completes a stop string."""
+
+    def add_one(self, token_id: int) -> str:
+        """Return the text that a token makes final, perhaps none."""
+        if self._is_between_characters:
+            text = self._tokenizer.whole_text(token_id)
+            if text is not None:
+                self.num_tokens += 1
+                return text
+        return self.add((token_id,))
 
     def add(self, token_ids: Iterable[int]) -> str:
         """Return the text that these tokens make final, perhaps none."""
@@ -53,6 +64,7 @@ class IncrementalDetokenizer:
             if not self._tokenizer.is_special(token_id):
                 text = self._decoder.decode(self._tokenizer.token_bytes(token_id))
                 pieces.append(self._until_stop(text))
+        self._is_between_characters = not self._matchers and not self._decoder.getstate()[0]
         return "".join(pieces)
 
     def finish(self) -> str:

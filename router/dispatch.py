@@ -167,6 +167,8 @@ class Dispatcher:
 
 
 def _failure(event: TokenEvent, request_id: str, endpoint_id: str) -> Failure | None:
+    if event.finish_reason is None:
+        return None
     match event.finish_reason:
         case FinishReason.ERROR:
             message = f"the engine of node {endpoint_id} failed: {event.error}"
@@ -175,5 +177,5 @@ def _failure(event: TokenEvent, request_id: str, endpoint_id: str) -> Failure | 
             # No client of ours aborts by event, so both say that the node will not go on.
             message = f"node {endpoint_id} gave the request up: {event.error or reason.value}"
             return NodeUnavailable(message)
-        case None | FinishReason.STOP | FinishReason.LENGTH:
+        case FinishReason.STOP | FinishReason.LENGTH:
             return None

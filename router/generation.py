@@ -95,7 +95,7 @@ class Generation:
         """
         return merged([self._run(index) for index in range(len(self._plan.sequences))])
 
-    async def _run(self, index: int) -> AsyncGenerator[Sequence[OutputDelta]]:
+    async def _run(self, index: int) -> AsyncGenerator[tuple[int, Sequence[OutputDelta]]]:
         plan, sequence = self._plan, self._plan.sequences[index]
         request = self._node_request(index)
         routing = plan.routing_request(index, request_id=request.request_id)
@@ -116,13 +116,15 @@ class Generation:
                 async for events in batches:
                     now_s = self._tools.clock.now_s()
                     deltas = assembler.add_all(events)
-                    num_new_tokens = sum(delta.num_new_tokens for delta in deltas)
+                    num_new_tokens = deltas[0].num_new_tokens
+                    if len(deltas) > 1:
+                        num_new_tokens = sum([delta.num_new_tokens for delta in deltas])
                     finish_reason = deltas[-1].finish_reason
                     if num_new_tokens:
                         place.leave()
                     meter.receive(num_new_tokens, now_s)
                     self._record.receive(num_new_tokens, now_s, finish_reason)
-                    yield deltas
+                    yield index, deltas
                     if finish_reason is not None and events[-1].finish_reason is None:
                         # A stop string or a last call: closing the events aborts the node's work.
                         return
@@ -182,20 +184,23 @@ class SequenceMeter:
 
     def receive(self, num_new_tokens: int, now_s: float) -> None:
         """Count tokens that came together."""
-        for _ in range(num_new_tokens):
-            if self._num_tokens == 0:
-                self._first_token_s = now_s
-                self._metrics.ttft.observe(now_s - self._arrival_s)
-            else:
-                self._metrics.inter_token.observe(now_s - self._last_token_s)
-            gain = self._weight * _GAIN_WEIGHTS.of_token(self._num_tokens)
-            due_s = token_deadline_s(self._slo, self._num_tokens, arrival_s=self._arrival_s)
+        if num_new_tokens == 0:
+            return
+        if self._num_tokens == 0:
+            self._first_token_s = now_s
+            self._metrics.ttft.observe(now_s - self._arrival_s)
+        else:
+            self._metrics.inter_token.observe(now_s - self._last_token_s)
+        if num_new_tokens > 1:
+            self._metrics.inter_token.observe(0.0, num_new_tokens - 1)
+        for index in range(self._num_tokens, self._num_tokens + num_new_tokens):
+            gain = self._weight * _GAIN_WEIGHTS.of_token(index)
             self._gain_possible += gain
-            if now_s < due_s:
+            if now_s < token_deadline_s(self._slo, index, arrival_s=self._arrival_s):
                 self._num_on_time += 1
                 self._gain_captured += gain
-            self._num_tokens += 1
-            self._last_token_s = now_s
+        self._num_tokens += num_new_tokens
+        self._last_token_s = now_s
 
     def close(self) -> None:
         """The sequence has ended; one without any token has missed its first one's gain."""
@@ -233,27 +238,24 @@ def _milliseconds(duration_s: float | None) -> float | None:
     return None if duration_s is None else round(duration_s * 1000, 3)
 
 
-async def merged(
-    generators: Sequence[AsyncGenerator[T]],
-) -> AsyncGenerator[tuple[int, T]]:
-    """Yield (number of the generator, value) as values come; close it to close them all.
+def merged(generators: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
+    """Yield the values of all generators as they come; close it to close them all.
 
     Raises what the first failing generator raises, after closing the others.
     """
-    if len(generators) == 1:  # The common case needs no tasks.
-        async with aclosing(generators[0]) as values:
+    # The common case needs no tasks.
+    return generators[0] if len(generators) == 1 else _merged(generators)
+
+
+async def _merged(generators: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
+    queue: asyncio.Queue[T | asyncio.Task[None]] = asyncio.Queue()
+
+    async def pump(generator: AsyncGenerator[T]) -> None:
+        async with aclosing(generator) as values:
             async for value in values:
-                yield 0, value
-        return
+                queue.put_nowait(value)
 
-    queue: asyncio.Queue[tuple[int, T] | asyncio.Task[None]] = asyncio.Queue()
-
-    async def pump(index: int) -> None:
-        async with aclosing(generators[index]) as values:
-            async for value in values:
-                queue.put_nowait((index, value))
-
-    tasks = [asyncio.create_task(pump(index)) for index in range(len(generators))]
+    tasks = [asyncio.create_task(pump(generator)) for generator in generators]
     for task in tasks:
         task.add_done_callback(queue.put_nowait)
     try:

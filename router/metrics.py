@@ -5,16 +5,59 @@ A lookup of a labelled child costs four times the update itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import HistogramMetricFamily
+from prometheus_client.utils import floatToGoString
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 # From a first token of a warm small model to a long queue; a factor of about 2 apart.
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
+
+
+class TokenHistogram:
+    """A histogram by class that is observed once a token: plain numbers, read when the metrics
+    are. The library's own takes a lock and 1 us for each observation."""
+
+    def __init__(self, name: str, documentation: str, buckets: Sequence[float]) -> None:
+        self._name = name
+        self._documentation = documentation
+        self._buckets = buckets
+        self._children: dict[str, TokenObserver] = {}
+
+    def labels(self, priority_class: str) -> TokenObserver:
+        """Return the part of one class."""
+        return self._children.setdefault(priority_class, TokenObserver(self._buckets))
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """Yield everything, as a registry wants it."""
+        family = HistogramMetricFamily(self._name, self._documentation, labels=("priority_class",))
+        for priority_class, child in list(self._children.items()):
+            counts = list(accumulate(child.counts))
+            bounds = [*map(floatToGoString, self._buckets), "+Inf"]
+            buckets = list(zip(bounds, counts, strict=True))
+            family.add_metric((priority_class,), buckets, child.sum)
+        yield family
+
+
+class TokenObserver:
+    """What was observed of one class."""
+
+    def __init__(self, buckets: Sequence[float]) -> None:
+        self._buckets = buckets
+        self.counts = [0] * (len(buckets) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float, num_times: int = 1) -> None:
+        """Take in a value."""
+        self.counts[bisect_left(self._buckets, value)] += num_times
+        self.sum += value * num_times
 
 
 class ClassMetrics:
@@ -92,11 +135,12 @@ class RouterMetrics:
             "From a request's arrival to the first token of each sequence.",
             buckets=_SECONDS,
         )
-        self.inter_token = histogram(
+        self.inter_token = TokenHistogram(
             "proserve_router_inter_token_seconds",
             "Between consecutive tokens of a sequence.",
-            buckets=_TOKEN_SECONDS,
+            _TOKEN_SECONDS,
         )
+        registry.register(self.inter_token)
         self.duration = histogram(
             "proserve_router_request_seconds",
             "From a request's arrival to the end of its answer.",

@@ -6,8 +6,10 @@ from __future__ import annotations
 import codecs
 from collections import deque
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, Protocol
+
+import msgspec
 
 from orchestrator.core.ports import TokenLogprobs
 from orchestrator.core.request import FinishReason
@@ -32,9 +34,11 @@ class OutputLogprob:
     """Characters of the output before the one in which this token begins."""
 
 
-@dataclass(frozen=True, slots=True)
-class OutputDelta:
-    """What one token event adds to an answer; it may be nothing."""
+class OutputDelta(msgspec.Struct, frozen=True):
+    """What one token event adds to an answer; it may be nothing.
+
+    A struct, since there is one for each token: making one costs a tenth of a frozen dataclass.
+    """
 
     text: str
     num_new_tokens: int
@@ -76,10 +80,23 @@ class OutputAssembler:
         """Return what each of `events` adds, up to the first that finishes the text."""
         deltas = []
         for event in events:
-            deltas.append(self.add(event))
-            if deltas[-1].finish_reason is not None:
+            delta = self._add_plain(event) or self.add(event)
+            deltas.append(delta)
+            if delta.finish_reason is not None:
                 break
         return deltas
+
+    def _add_plain(self, event: TokenEvent) -> OutputDelta | None:
+        """Return what `add` would for a single token in the middle of an answer, sooner; None for
+        other events."""
+        token_ids = event.new_token_ids
+        if event.finish_reason is not None or event.logprobs or len(token_ids) != 1:
+            return None
+        text = self._detokenizer.add_one(token_ids[0])
+        self._num_sent_characters += len(text)
+        logprobs = self._take(everything=False) if self._waiting else ()
+        has_stopped = self._detokenizer.stopped_on is not None
+        return OutputDelta(text, 1, logprobs, "stop" if has_stopped else None)
 
     def add(self, event: TokenEvent) -> OutputDelta:
         """Return what `event` adds. After a finish reason nothing more may be added."""
@@ -158,10 +175,12 @@ class ToolCallAssembler:
             OutputDelta(text, 0, (), None, calls) for text, calls in _texts_and_calls(items)
         ]
         deltas = [
-            replace(first, num_new_tokens=delta.num_new_tokens, logprobs=delta.logprobs),
+            msgspec.structs.replace(
+                first, num_new_tokens=delta.num_new_tokens, logprobs=delta.logprobs
+            ),
             *others,
         ]
-        deltas[-1] = replace(deltas[-1], finish_reason=finish_reason)
+        deltas[-1] = msgspec.structs.replace(deltas[-1], finish_reason=finish_reason)
         return deltas
 
 

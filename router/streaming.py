@@ -29,6 +29,9 @@ from router.schema import StreamOptions
 
 _encoder = msgspec.json.Encoder()
 
+_PLACE_OF_TEXT = "\0text\0"
+"""Nothing else in an event has a control character: ids are ours and names of models have none."""
+
 
 @dataclass(frozen=True, slots=True)
 class AnswerHead:
@@ -118,7 +121,9 @@ class EventStream(Response):
         self._format = answer_format
         self._options = options
         self._record = record
-        self._begun: set[int] = set()
+        self._texts: dict[int, _TextEvents] = {}
+        """How text is sent, of the choices that have begun."""
+
         self._num_tokens = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -152,14 +157,25 @@ class EventStream(Response):
         return {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
 
     def _events(self, index: int, gained: Sequence[OutputDelta]) -> bytes:
-        events = []
+        events: list[bytes] = []
+        texts = self._texts.get(index)
         for delta in gained:
             self._num_tokens += delta.num_new_tokens
-            is_first = index not in self._begun
-            self._begun.add(index)
-            for choice in self._format.chunks(index, delta, is_first=is_first):
+            is_plain = not (delta.logprobs or delta.calls or delta.finish_reason)
+            if texts is not None and is_plain and not self._options.continuous_usage_stats:
+                events += texts.of(delta.text)
+                continue
+            for choice in self._format.chunks(index, delta, is_first=texts is None):
                 events.append(_event(self._answer((choice,), self._chunk_usage())))
+            if texts is None:
+                texts = self._texts[index] = self._text_events(index)
         return b"".join(events)
+
+    def _text_events(self, index: int) -> _TextEvents:
+        """Return how further text of a choice is sent."""
+        delta = OutputDelta(_PLACE_OF_TEXT, 1, (), None)
+        choices = self._format.chunks(index, delta, is_first=False)
+        return _TextEvents(_event(self._answer(choices, self._chunk_usage())))
 
     def _last_events(self) -> bytes:
         done = b"data: [DONE]\n\n"
@@ -180,6 +196,19 @@ class EventStream(Response):
         usage: Usage | msgspec.UnsetType | None,
     ) -> Answer:
         return _answer(self._head, self._format.chunk_object, choices, usage)
+
+
+class _TextEvents:
+    """The events of text and nothing else: alike but for the text, so they are made by putting it
+    into one that was made in full."""
+
+    def __init__(self, example: bytes) -> None:
+        """`example` has `_PLACE_OF_TEXT` as its text."""
+        self._before, self._after = example.split(_encoder.encode(_PLACE_OF_TEXT))
+
+    def of(self, text: str) -> tuple[bytes, ...]:
+        """Return the pieces of the event of a text; none for none."""
+        return (self._before, _encoder.encode(text), self._after) if text else ()
 
 
 @asynccontextmanager

@@ -26,6 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from orchestrator.core.errors import EngineDirectoryError, RequestRejected
 from router.engine_files import read_object, read_text, stored_eos_token_ids
+from router.token_bytes import bytes_of, whole_texts
 from router.word_cache import WordCache, can_split
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -81,7 +82,8 @@ class Tokenizer:
             i: token for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items()
         }
         tokens.update((i, token.content) for i, token in added_tokens.items())
-        self._token_bytes = {i: _bytes_of(token) for i, token in tokens.items()}
+        self._token_bytes = {i: bytes_of(token) for i, token in tokens.items()}
+        self._whole_texts = dict(whole_texts(self._token_bytes, self._special_ids))
         control_tokens = {
             token.content: i
             for i, token in added_tokens.items()
@@ -269,6 +271,11 @@ class Tokenizer:
         """
         return self._token_bytes.get(token_id, b"")
 
+    def whole_text(self, token_id: int) -> str | None:
+        """Return what the token adds to a text that ends between two characters; None if that
+        depends on what follows."""
+        return self._whole_texts.get(token_id)
+
     def token_text(self, token_id: int) -> str:
         """Return `token_bytes` as text, parts of characters as U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
@@ -354,30 +361,6 @@ def _check_unicode(text: str, *, field: str) -> None:
             f"{field} has half of a surrogate pair, {text[error.start]!r}; send valid Unicode",
             field=field,
         ) from error
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Return the byte that each character of a byte-level vocabulary stands for.
-
-    Source: GPT-2's `bytes_to_unicode`: printable bytes stand for themselves, the others for the
-    characters from U+0100 on.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(0x100 + position): byte for position, byte in enumerate(others)
-    }
-
-
-_BYTE_ALPHABET = _byte_alphabet()
-
-
-def _bytes_of(token: str) -> bytes:
-    """Return the bytes of a token; one with characters of no byte is plain text."""
-    try:
-        return bytes([_BYTE_ALPHABET[character] for character in token])
-    except KeyError:
-        return token.encode()
 
 
 class _GenerationTag(Extension):
