@@ -41,11 +41,11 @@ from benchmarks.peers.targets import (
     ENGINE_DIR,
     KEY,
     TARGETS,
-    NotInstallable,
     Place,
     Target,
     free_port,
 )
+from benchmarks.shared.peer_environments import NotInstallable
 from benchmarks.shared.reporting import argument_parser, report
 from router.tokenizer import Tokenizer
 

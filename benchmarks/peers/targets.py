@@ -15,18 +15,14 @@ from pathlib import Path
 import yaml
 
 from benchmarks.peers.mock_worker import MODEL
+from benchmarks.shared.peer_environments import PEERS, NotInstallable, install
 from router.keys import make_key
 
 ROOT = Path(__file__).resolve().parents[2]
-PEERS = ROOT / "build/peers"
 ENGINE_DIR = ROOT / "built_engines/smollm2-135m"
 
 KEY = make_key()
 """The one API key, in our clients file and as LiteLLM's master key."""
-
-
-class NotInstallable(Exception):
-    """A peer cannot be had here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -58,23 +54,8 @@ class Target:
         Raises:
             NotInstallable: it cannot be made.
         """
-        if self.requirement is None:
-            return
-        directory = PEERS / self.name
-        stamp = directory / ".installed"
-        if stamp.exists() and stamp.read_text() == self.requirement:
-            return
-        pip = [str(directory / "bin/python"), "-m", "pip", "install", "--quiet"]
-        for command in (
-            [sys.executable, "-m", "venv", str(directory)],
-            [*pip, "--disable-pip-version-check", self.requirement],
-        ):
-            print(" ".join(command), file=sys.stderr)
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode != 0:
-                last = (result.stderr.strip() or "no message").splitlines()[-1]
-                raise NotInstallable(f"{self.requirement}: {last}")
-        stamp.write_text(self.requirement)
+        if self.requirement is not None:
+            install(self.name, [self.requirement])
 
 
 def free_port() -> int:
