@@ -2,22 +2,22 @@
 
 A ConfigError has one line per problem, in the form of compilers, so that editors can jump there:
 
-    configs/nodes/local.yaml:4: server.prot: unknown key 'prot'; did you mean 'port'?
-    configs/nodes/local.yaml:9: engine.max_num_seqs: must be greater than 0, got -1
+    configs/nodes/local.yaml:4:3: server.prot: unknown key 'prot'; did you mean 'port'?
+    configs/nodes/local.yaml:9:3: engine.max_num_seqs: must be greater than 0, got -1
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from orchestrator.core.errors import ConfigError
 
@@ -25,6 +25,15 @@ M = TypeVar("M", bound=BaseModel)
 
 KeyPath = tuple[str | int, ...]
 """Keys and list indices from the top of the file."""
+
+Problem = tuple[KeyPath, str]
+"""Where in the file, and what is wrong there."""
+
+Place = tuple[int, int]
+"""Line and column, from 1."""
+
+_UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
+"""Pydantic's types of that error: of a model, of a dataclass."""
 
 MAX_SHOWN_CHARACTERS = 80
 """Of an offending value; enough to recognise it, little enough for one line."""
@@ -37,11 +46,7 @@ def load_yaml_model(path: Path, model: type[M]) -> M:
         ConfigError: the file cannot be read, is not one YAML mapping without duplicate keys,
             or does not fit the model. Names every problem of the first of these kinds.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    return parse_yaml_model(content, model, path=path)
+    return parse_yaml_model(_content(path), model, path=path)
 
 
 def parse_yaml_model(
@@ -52,15 +57,7 @@ def parse_yaml_model(
     Raises:
         ConfigError: as `load_yaml_model`.
     """
-    try:
-        root, data = _parse(content, path)
-    except yaml.MarkedYAMLError as error:
-        raise ConfigError(_syntax_problem(path, error)) from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date or number
-        reason = " ".join(str(error).split())  # yaml breaks its lines
-        raise ConfigError(f"{path}: invalid YAML: {reason}") from error
-    except RecursionError:
-        raise ConfigError(f"{path}: invalid YAML: it is nested too deeply") from None
+    root, data = _read(content, path)
     return _validated(data, model, source=str(path), root=root, context=context)
 
 
@@ -73,18 +70,85 @@ def validate_model(data: object, model: type[M], *, source: str) -> M:
     return _validated(data, model, source=source, root=None, context=None)
 
 
-def _parse(content: bytes, path: Path) -> tuple[yaml.MappingNode, object]:
+def problems_error(
+    model: type, problems: Iterable[Problem], besides: ValidationError | None = None
+) -> ValidationError:
+    """Return what a validator of `model` raises to report several problems at once, on top of
+    those in `besides`.
+
+    Locations begin at the model; only the text of a problem is shown, not its value.
+    """
+    known = [] if besides is None else besides.errors(include_url=False)
+    errors = [
+        InitErrorDetails(
+            type=PydanticCustomError(detail["type"], detail["msg"]),
+            loc=detail["loc"],
+            input=detail["input"],
+        )
+        for detail in known
+    ]
+    errors += [
+        InitErrorDetails(type="value_error", loc=loc, input=None, ctx={"error": ValueError(text)})
+        for loc, text in problems
+    ]
+    return ValidationError.from_exception_data(model.__name__, errors)
+
+
+def read_yaml(path: Path) -> tuple[yaml.MappingNode, dict[Any, Any]]:
+    """Return the file at `path`, as nodes that know their places and as plain data.
+
+    Raises:
+        ConfigError: as `load_yaml_model`, but for what depends on a model.
+    """
+    return _read(_content(path), path)
+
+
+def place_of(path: KeyPath, root: yaml.Node) -> Place | None:
+    """Return where the file sets what is at `path`; None if it does not."""
+    node: yaml.Node = root
+    place = None
+    for part in path:
+        found = _child(node, part)
+        if found is None:
+            return None
+        place, node = found
+    return place
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _read(content: bytes, path: Path) -> tuple[yaml.MappingNode, dict[Any, Any]]:
+    try:
+        return _parse(content, path)
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(_syntax_problem(path, error)) from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date or number
+        reason = " ".join(str(error).split())  # yaml breaks its lines
+        raise ConfigError(f"{path}: invalid YAML: {reason}") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: invalid YAML: it is nested too deeply") from None
+
+
+def _parse(content: bytes, path: Path) -> tuple[yaml.MappingNode, dict[Any, Any]]:
     loader = yaml.SafeLoader(content)
     try:
         root = loader.get_single_node()
         if root is None:
             raise ConfigError(f"{path}: the file is empty")
         if not isinstance(root, yaml.MappingNode):
-            raise ConfigError(f"{path}:{_line(root)}: the top level must be `key: value` lines")
-        duplicates = [f"{path}:{line}: {text}" for line, text in _duplicate_keys(root, set())]
+            raise ConfigError(
+                f"{_at(path, _place(root))}: the top level must be `key: value` lines"
+            )
+        duplicates = [f"{_at(path, place)}: {text}" for place, text in _duplicate_keys(root, set())]
         if duplicates:
             raise ConfigError("\n".join(duplicates))
-        return root, loader.construct_document(root)
+        data: dict[Any, Any] = loader.construct_document(root)
+        return root, data
     finally:
         loader.dispose()
 
@@ -95,14 +159,29 @@ def _validated(
     try:
         return model.model_validate(data, context=context)
     except ValidationError as error:
-        problems: dict[str, int] = {}  # text -> line; the members of a union repeat some texts
-        for detail in error.errors(include_url=False):
+        details = error.errors(include_url=False)
+        meant = _meant_keys(details, model)
+        problems: dict[str, Place] = {}  # text -> place; members of a union repeat some texts
+        for detail in details:
+            if detail["type"] == "missing" and detail["loc"] in meant:
+                continue  # it is there under another name, which is reported
             path = _path_in_data(detail["loc"], data)
-            line = None if root is None else _line_of(path, root)
-            where = source if line is None else f"{source}:{line}"
+            place = None if root is None else _nearest_place(path, root)
             key = f" {_dotted(path)}:" if path else ""
-            problems[f"{where}:{key} {_problem(detail, model)}"] = line or 0
+            text = f"{_at(source, place)}:{key} {_problem(detail, model)}"
+            problems[text] = place or (0, 0)
         raise ConfigError("\n".join(sorted(problems, key=problems.__getitem__))) from error
+
+
+def _meant_keys(details: Sequence[ErrorDetails], model: type[BaseModel]) -> set[KeyPath]:
+    """Return the locations of the keys that unknown ones were probably meant to be."""
+    meant: set[KeyPath] = set()
+    for detail in details:
+        if detail["type"] in _UNKNOWN_KEY:
+            *place, key = detail["loc"]
+            nearest = _nearest_key(str(key), _known_keys(tuple(place), model))
+            meant |= {(*place, name) for name in nearest}
+    return meant
 
 
 def _problem(detail: ErrorDetails, model: type[BaseModel]) -> str:
@@ -110,7 +189,7 @@ def _problem(detail: ErrorDetails, model: type[BaseModel]) -> str:
     match kind:
         case "missing":
             return "this key is required"
-        case "extra_forbidden" | "unexpected_keyword_argument":  # of a model, of a dataclass
+        case _ if kind in _UNKNOWN_KEY:
             return _unknown_key(str(location[-1]), _known_keys(location[:-1], model))
         case "value_error" | "assertion_error":
             return detail["msg"].split(", ", 1)[1]  # after pydantic's own "Value error, "
@@ -119,10 +198,13 @@ def _problem(detail: ErrorDetails, model: type[BaseModel]) -> str:
 
 
 def _unknown_key(key: str, known: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(key, known, n=1)
-    if nearest:
+    if nearest := _nearest_key(key, known):
         return f"unknown key {key!r}; did you mean {nearest[0]!r}?"
     return f"unknown key {key!r}; known here: {', '.join(known) or 'none'}"
+
+
+def _nearest_key(key: str, known: Sequence[str]) -> list[str]:
+    return difflib.get_close_matches(key, known, n=1)
 
 
 def _known_keys(location: KeyPath, model: type[BaseModel]) -> list[str]:
@@ -185,31 +267,35 @@ def _dotted(path: KeyPath) -> str:
     return text.removeprefix(".")
 
 
-def _line_of(path: KeyPath, root: yaml.Node) -> int | None:
-    """Return the line of the deepest part of `path` that the file has; None if it has none."""
-    node, line = root, None
-    for part in path:
-        if isinstance(node, yaml.MappingNode):
-            # The last one counts: keys merged by `<<` come first.
-            entries = {key.value: (key, value) for key, value in node.value}
-            if str(part) not in entries:
-                break
-            key_node, node = entries[str(part)]
-            line = _line(key_node)
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
-            node = node.value[part]
-            line = _line(node)
-        else:
-            break
-    return line
+def _nearest_place(path: KeyPath, root: yaml.Node) -> Place:
+    """Return the place of the deepest part of `path` that the file has, or of its beginning."""
+    depths = range(len(path), 0, -1)
+    places = (place_of(path[:depth], root) for depth in depths)
+    return next((place for place in places if place is not None), _place(root))
 
 
-def _line(node: yaml.Node) -> int:
-    line: int = node.start_mark.line
-    return line + 1
+def _child(node: yaml.Node, part: str | int) -> tuple[Place, yaml.Node] | None:
+    if isinstance(node, yaml.MappingNode):
+        # The last one counts: keys merged by `<<` come first.
+        entries = {key.value: (key, value) for key, value in node.value}
+        if str(part) in entries:
+            key, value = entries[str(part)]
+            return _place(key), value
+    elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+        item = node.value[part]
+        return _place(item), item
+    return None
 
 
-def _duplicate_keys(node: yaml.Node, seen: set[int]) -> Iterator[tuple[int, str]]:
+def _place(node: yaml.Node) -> Place:
+    return node.start_mark.line + 1, node.start_mark.column + 1
+
+
+def _at(source: Path | str, place: Place | None) -> str:
+    return str(source) if place is None else f"{source}:{place[0]}:{place[1]}"
+
+
+def _duplicate_keys(node: yaml.Node, seen: set[int]) -> Iterator[tuple[Place, str]]:
     if id(node) in seen:  # an alias
         return
     seen.add(id(node))
@@ -222,17 +308,15 @@ def _duplicate_keys(node: yaml.Node, seen: set[int]) -> Iterator[tuple[int, str]
             if isinstance(key, yaml.ScalarNode):
                 name = (key.tag, key.value)
                 if name in first_lines:
-                    yield (
-                        _line(key),
-                        f"key {key.value!r} is already set in line {first_lines[name]}",
-                    )
-                first_lines.setdefault(name, _line(key))
+                    line = first_lines[name]
+                    yield _place(key), f"key {key.value!r} is already set in line {line}"
+                first_lines.setdefault(name, _place(key)[0])
             yield from _duplicate_keys(value, seen)
 
 
 def _syntax_problem(path: Path, error: yaml.MarkedYAMLError) -> str:
     mark = error.problem_mark
-    where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+    where = _at(path, (mark.line + 1, mark.column + 1) if mark else None)
     reason = " ".join(text for text in (error.context, error.problem) if text)
     return f"{where}: invalid YAML: {reason}"
 

@@ -17,21 +17,16 @@ from pydantic import (
     Field,
     FiniteFloat,
     PositiveInt,
-    ValidationError,
     ValidationInfo,
     model_validator,
 )
-from pydantic_core import InitErrorDetails
 
 from orchestrator.core.errors import ConfigError
-from orchestrator.yaml_config import parse_yaml_model
+from orchestrator.yaml_config import Problem, parse_yaml_model, problems_error
 from router.config import Name, ServiceClassConfig
 from router.keys import ID_PATTERN, SHA256_PATTERN, redacted
 from router.rate_limits import Limits, Rate
 from router.schema import ObjectiveMs
-
-Problem = tuple[tuple[str | int, ...], str]
-"""Where in the file, and what is wrong there."""
 
 
 def _check_sha256(value: str) -> str:
@@ -155,9 +150,7 @@ class ClientsConfig(BaseModel):
                     for where, text in _class_problems(client, info.context)
                 ]
         if problems:
-            raise ValidationError.from_exception_data(
-                type(self).__name__, [_line_error(loc, text) for loc, text in problems]
-            )
+            raise problems_error(type(self), problems)
         return self
 
     def _repetitions(self) -> Iterator[Problem]:
@@ -210,10 +203,3 @@ def _class_problems(
     if client.allowed_classes is not None and default_class not in client.allowed_classes:
         key = "priority_class" if client.default_class is None else "default_class"
         yield (key,), f"is {default_class!r}, which is not in allowed_classes"
-
-
-def _line_error(location: tuple[str | int, ...], text: str) -> InitErrorDetails:
-    # The input is left out of the message, as with every ValueError of ours.
-    return InitErrorDetails(
-        type="value_error", loc=location, input=None, ctx={"error": ValueError(text)}
-    )

@@ -6,10 +6,18 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from orchestrator.core.errors import ConfigError
-from orchestrator.yaml_config import load_yaml_model, validate_model
+from orchestrator.yaml_config import load_yaml_model, problems_error, validate_model
 
 STRICT = ConfigDict(extra="forbid", frozen=True)
 
@@ -97,78 +105,79 @@ def test_anchors_and_merged_keys_may_be_overridden(tmp_path: Path) -> None:
         # Unknown keys: the nearest one at that very place, else all of them.
         (
             "server:\n  port: 1\n  prot: 2\n",
-            "node.yaml:3: server.prot: unknown key 'prot'; did you mean 'port'?",
+            "node.yaml:3:3: server.prot: unknown key 'prot'; did you mean 'port'?",
         ),
         (
             "server:\n  port: 1\n  zzz: 2\n",
-            "node.yaml:3: server.zzz: unknown key 'zzz'; known here: port, host",
+            "node.yaml:3:3: server.zzz: unknown key 'zzz'; known here: port, host",
         ),
         (
             "servers: {}\nserver: {port: 1}\n",
-            "node.yaml:1: servers: unknown key 'servers'; did you mean 'server'?",
+            "node.yaml:1:1: servers: unknown key 'servers'; did you mean 'server'?",
         ),
         (
             "server: {port: 1}\nmodle: x\n",
-            "node.yaml:2: modle: unknown key 'modle'; did you mean 'model'?",
+            "node.yaml:2:1: modle: unknown key 'modle'; did you mean 'model'?",
         ),
         (
             "server: {port: 1}\npeers:\n- port: 1\n- port: 2\n  hots: x\n",
-            "node.yaml:5: peers[1].hots: unknown key 'hots'; did you mean 'host'?",
+            "node.yaml:5:3: peers[1].hots: unknown key 'hots'; did you mean 'host'?",
         ),
         (
             "server: {port: 1}\nlabels:\n  a: {port: 1, hots: x}\n",
-            "node.yaml:3: labels.a.hots: unknown key 'hots'; did you mean 'host'?",
+            "node.yaml:3:16: labels.a.hots: unknown key 'hots'; did you mean 'host'?",
         ),
         (
             "server: {port: 1}\nengine:\n  kind: simulated\n  num_threads: 2\n",
-            "node.yaml:4: engine.num_threads: unknown key 'num_threads'; known here: kind, step_s",
+            "node.yaml:4:3: engine.num_threads: unknown key 'num_threads'; known here: kind, "
+            "step_s",
         ),
-        # Absent keys: the line of what they are missing from, none for the top level.
-        ("\nserver:\n  host: a\n", "node.yaml:2: server.port: this key is required"),
-        ("precision: fp32\n", "node.yaml: server: this key is required"),
+        # Absent keys: the place of what they are missing from.
+        ("\nserver:\n  host: a\n", "node.yaml:2:1: server.port: this key is required"),
+        ("precision: fp32\n", "node.yaml:1:1: server: this key is required"),
         # Values: what is allowed, what was written.
         (
             "server:\n  port: 70000\n",
-            "node.yaml:2: server.port: must be less than or equal to 65535, got 70000",
+            "node.yaml:2:3: server.port: must be less than or equal to 65535, got 70000",
         ),
         (
             "server: {port: 1}\nprecision: fp64\n",
-            "node.yaml:2: precision: must be 'fp32' or 'bf16', got 'fp64'",
+            "node.yaml:2:1: precision: must be 'fp32' or 'bf16', got 'fp64'",
         ),
         (
             "server: {port: 1, host: }\n",
-            "node.yaml:1: server.host: must be a valid string, got nothing",
+            "node.yaml:1:19: server.host: must be a valid string, got nothing",
         ),
         (
             "server: {port: 1, host: no}\n",
-            "node.yaml:1: server.host: must be a valid string, got false",
+            "node.yaml:1:19: server.host: must be a valid string, got false",
         ),
         (
             "server: {port: 1, host: [a]}\n",
-            "node.yaml:1: server.host: must be a valid string, got a list",
+            "node.yaml:1:19: server.host: must be a valid string, got a list",
         ),
         (
             "server: {port: 1, host: {a: 1}}\n",
-            "node.yaml:1: server.host: must be a valid string, got a mapping",
+            "node.yaml:1:19: server.host: must be a valid string, got a mapping",
         ),
         (
             f"server:\n  port: {'x' * 100}\n",
-            "node.yaml:2: server.port: must be a valid integer, "
+            "node.yaml:2:3: server.port: must be a valid integer, "
             f"unable to parse string as an integer, got '{'x' * 79}...",
         ),
         (
             "server: {port: 1}\npeers:\n- port: 1\n- port: 0\n",
-            "node.yaml:4: peers[1].port: must be greater than or equal to 1, got 0",
+            "node.yaml:4:3: peers[1].port: must be greater than or equal to 1, got 0",
         ),
-        ("server: {port: 1}\n8000: x\n", "node.yaml:2: [8000]: Keys should be strings, got 8000"),
+        ("server: {port: 1}\n8000: x\n", "node.yaml:2:1: [8000]: Keys should be strings, got 8000"),
         # Validators of our own speak for themselves.
         (
             "server: {port: 1}\nratio: 2\n",
-            "node.yaml:2: ratio: 2.0 is not a fraction, write 0 to 1",
+            "node.yaml:2:1: ratio: 2.0 is not a fraction, write 0 to 1",
         ),
         (
             "server: {port: 1}\nprecision: bf16\nengine: {kind: simulated}\n",
-            "node.yaml: a simulated engine has no precision, leave `precision` out",
+            "node.yaml:1:1: a simulated engine has no precision, leave `precision` out",
         ),
     ],
 )
@@ -182,11 +191,33 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(tmp_path: Pa
     path = write(tmp_path, "precision: int8\nserver:\n  port: 0\n  hots: a\nratio: 3\n")
 
     assert [problem.split(": ")[:2] for problem in problems_of(path)] == [
-        ["node.yaml:1", "precision"],
-        ["node.yaml:3", "server.port"],
-        ["node.yaml:4", "server.hots"],
-        ["node.yaml:5", "ratio"],
+        ["node.yaml:1:1", "precision"],
+        ["node.yaml:3:3", "server.port"],
+        ["node.yaml:4:3", "server.hots"],
+        ["node.yaml:5:1", "ratio"],
     ]
+
+
+def test_a_misspelt_key_is_one_mistake_also_where_the_right_one_is_required(tmp_path: Path) -> None:
+    assert problems_of(write(tmp_path, "server:\n  prot: 1\n")) == [
+        "node.yaml:2:3: server.prot: unknown key 'prot'; did you mean 'port'?"
+    ]
+
+
+def test_problems_that_a_validator_finds_stand_where_they_are_beside_pydantics_own() -> None:
+    try:
+        ServerConfig.model_validate({"hots": "a"})
+    except ValidationError as error:
+        known = error
+
+    found = problems_error(ServerConfig, [(("host",), "is a {name}, not an address")], known)
+
+    assert [(e["type"], e["loc"]) for e in found.errors()] == [
+        ("missing", ("port",)),
+        ("extra_forbidden", ("hots",)),
+        ("value_error", ("host",)),
+    ]
+    assert found.errors()[-1]["msg"] == "Value error, is a {name}, not an address"
 
 
 @pytest.mark.parametrize(
@@ -195,18 +226,18 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(tmp_path: Pa
         (
             "server:\n  port: 1\n  port: 2\nratio: 1\nratio: 2\nratio: 3\n",
             [
-                "node.yaml:3: key 'port' is already set in line 2",
-                "node.yaml:5: key 'ratio' is already set in line 4",
-                "node.yaml:6: key 'ratio' is already set in line 4",
+                "node.yaml:3:3: key 'port' is already set in line 2",
+                "node.yaml:5:1: key 'ratio' is already set in line 4",
+                "node.yaml:6:1: key 'ratio' is already set in line 4",
             ],
         ),
         (
             "server: {port: 1, port: 2}\n",
-            ["node.yaml:1: key 'port' is already set in line 1"],
+            ["node.yaml:1:19: key 'port' is already set in line 1"],
         ),
         (
             "peers:\n- port: 1\n  port: 1\n",
-            ["node.yaml:3: key 'port' is already set in line 2"],
+            ["node.yaml:3:3: key 'port' is already set in line 2"],
         ),
     ],
 )
@@ -219,8 +250,8 @@ def test_a_key_written_twice_is_refused(tmp_path: Path, content: str, problems: 
     [
         ("", "node.yaml: the file is empty"),
         ("# nothing yet\n", "node.yaml: the file is empty"),
-        ("\n- a\n- b\n", "node.yaml:2: the top level must be `key: value` lines"),
-        ("just text\n", "node.yaml:1: the top level must be `key: value` lines"),
+        ("\n- a\n- b\n", "node.yaml:2:1: the top level must be `key: value` lines"),
+        ("just text\n", "node.yaml:1:1: the top level must be `key: value` lines"),
     ],
 )
 def test_a_file_without_keys_is_refused(tmp_path: Path, content: str, problem: str) -> None:

@@ -43,59 +43,60 @@ def test_every_field_is_explained() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("clients: {}", "clients.yaml:1: clients: must be a valid tuple, got a mapping"),
+        ("clients: {}", "clients.yaml:1:1: clients: must be a valid tuple, got a mapping"),
         (
             "clients: []\nclient: []",
-            "clients.yaml:2: client: unknown key 'client'; did you mean 'clients'?",
+            "clients.yaml:2:1: client: unknown key 'client'; did you mean 'clients'?",
         ),
         (
             "clients:\n  - name: a\n    priority_class: low\n    defaultclass: low",
-            "clients.yaml:4: clients[0].defaultclass: unknown key 'defaultclass'; "
+            "clients.yaml:4:5: clients[0].defaultclass: unknown key 'defaultclass'; "
             "did you mean 'default_class'?",
         ),
         (
             "clients:\n  - name: a\n    priority_class: hihg",
-            "clients.yaml:3: clients[0].priority_class: is 'hihg', the router's classes are "
+            "clients.yaml:3:5: clients[0].priority_class: is 'hihg', the router's classes are "
             "high, normal, low",
         ),
         (
             "clients:\n  - name: a\n    priority_class: low\n    default_class: high",
-            "clients.yaml:4: clients[0].default_class: is 'high', which is worth more than "
+            "clients.yaml:4:5: clients[0].default_class: is 'high', which is worth more than "
             "priority_class 'low'; name a lesser class here, or this one there",
         ),
         (
             "clients:\n  - name: a\n    priority_class: normal\n"
             "    allowed_classes: [normal, low, high]",
-            "clients.yaml:4: clients[0].allowed_classes[2]: is 'high', which is worth more than "
+            "clients.yaml:4:36: clients[0].allowed_classes[2]: is 'high', which is worth more than "
             "priority_class 'normal'; name a lesser class here, or this one there",
         ),
         (
             "clients:\n  - name: a\n    priority_class: normal\n    allowed_classes: [low]",
-            "clients.yaml:3: clients[0].priority_class: is 'normal', which is not in "
+            "clients.yaml:3:5: clients[0].priority_class: is 'normal', which is not in "
             "allowed_classes",
         ),
         (
             "clients:\n  - {name: a, priority_class: low}\n  - name: a\n    priority_class: low",
-            "clients.yaml:3: clients[1].name: there is another client 'a'",
+            "clients.yaml:3:5: clients[1].name: there is another client 'a'",
         ),
         (
             "clients:\n  - name: a\n    priority_class: low\n    keys:\n"
             f"      - {{key_id: abcdefgh, sha256: '{HASH}'}}\n"
             f"      - {{key_id: abcdefgh, sha256: '{HASH}'}}",
-            "clients.yaml:6: clients[0].keys[1].key_id: there is another key 'abcdefgh'",
+            "clients.yaml:6:10: clients[0].keys[1].key_id: there is another key 'abcdefgh'",
         ),
         (
             "clients:\n  - name: a\n    priority_class: low\n    limits:\n      request_burst: 5",
-            "clients.yaml:4: clients[0].limits: request_burst needs requests_per_s, which is not "
+            "clients.yaml:4:5: clients[0].limits: request_burst needs requests_per_s, which is not "
             "set",
         ),
         (
             "clients:\n  - name: a\n    priority_class: low\n    limits: {token_burst: 5}",
-            "clients.yaml:4: clients[0].limits: token_burst needs tokens_per_min, which is not set",
+            "clients.yaml:4:5: clients[0].limits: token_burst needs tokens_per_min, which is not "
+            "set",
         ),
         (
             "clients:\n  - {name: a b, priority_class: low}",
-            "clients.yaml:2: clients[0].name: must match pattern "
+            "clients.yaml:2:6: clients[0].name: must match pattern "
             "'^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$', got 'a b'",
         ),
     ],
@@ -111,7 +112,7 @@ def test_a_time_without_a_zone_is_refused(expires_at: str) -> None:
         f"      - {{key_id: abcdefgh, sha256: '{HASH}', expires_at: {expires_at}}}"
     )
 
-    assert line.startswith("clients.yaml:5: clients[0].keys[0].expires_at: must")
+    assert line.startswith("clients.yaml:5:104: clients[0].keys[0].expires_at: must")
 
 
 def test_all_mistakes_are_named_at_once() -> None:

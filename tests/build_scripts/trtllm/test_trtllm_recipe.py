@@ -82,7 +82,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_cannot_be_built_is_refused(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"recipe\.yaml:(\d+:)? .*{message}"):
+    with pytest.raises(ConfigError, match=rf"recipe\.yaml:(\d+:\d+:)? .*{message}"):
         load(tmp_path, **changes)
 
 
