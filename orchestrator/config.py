@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -24,6 +25,7 @@ from orchestrator.scheduler_config import (
     SarathiSection,
     SlideBatchingSection,
 )
+from orchestrator.yaml_config import Problem, problems_error
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 EndpointId = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")]
@@ -176,19 +178,13 @@ EngineConfig = Annotated[
 ]
 
 
-class NodeConfig(BaseModel):
-    """One node: an engine behind an executor loop and an HTTP service."""
+class NodeSettings(BaseModel):
+    """A node, but for its name and port."""
 
     model_config = _STRICT
 
-    endpoint_id: EndpointId
-    """Name of this node, unique among the nodes of a router."""
-
     host: str = "127.0.0.1"
     """Address the HTTP service listens on."""
-
-    port: Port
-    """Port the HTTP service listens on."""
 
     engine: EngineConfig
     """The engine and its resources."""
@@ -230,6 +226,12 @@ class NodeConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_sections(self) -> Self:
+        problems = [*self._unread_sections(), *self._what_the_engine_decides()]
+        if problems:
+            raise problems_error(type(self), problems)
+        return self
+
+    def _unread_sections(self) -> Iterator[Problem]:
         expected = options_type(self.scheduler)
         sections = {"slide_batching": self.slide_batching, "deadline": self.deadline,
                     "sarathi": self.sarathi}  # fmt: skip
@@ -238,16 +240,24 @@ class NodeConfig(BaseModel):
             if section is not None and (
                 expected is None or type(section).__mro__[1] is not expected
             ):
-                raise ValueError(f"{name} is set, but scheduler {self.scheduler} does not read it")
-        return self
+                yield (name,), f"{name} is set, but scheduler {self.scheduler} does not read it"
 
-    @model_validator(mode="after")
-    def _check_who_schedules(self) -> Self:
+    def _what_the_engine_decides(self) -> Iterator[Problem]:
         if self.engine.kind == "trtllm-executor":
             for name in ("scheduler", "slide_batching", "kv_cache", "latency_correction"):
                 if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(
+                    yield (
+                        (name,),
                         f"{name} is set, but engine kind {self.engine.kind} schedules by itself; "
-                        "leave it out"
+                        "leave it out",
                     )
-        return self
+
+
+class NodeConfig(NodeSettings):
+    """One node: an engine behind an executor loop and an HTTP service."""
+
+    endpoint_id: EndpointId
+    """Name of this node, unique among the nodes of a router."""
+
+    port: Port
+    """Port the HTTP service listens on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from orchestrator.core.slo import PriorityClass, Slo
+from orchestrator.yaml_config import Problem, problems_error
 from router.health import BreakerRules
 from router.retries import RetryRules
 from router.routing_config import RoutingConfig
@@ -256,20 +257,33 @@ class RouterSettings(RoutingConfig):
 
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
-        class_names = [c.name for c in self.classes]
-        _check_unique("classes", class_names)
-        if self.default_class not in class_names:
-            raise ValueError(
-                f"default_class is {self.default_class!r}, "
-                f"it must be one of the classes: {', '.join(class_names)}"
-            )
-        self.make_policy(self.class_weights)  # or says what does not fit
-        if self.max_snapshot_age_s <= self.snapshot_poll_interval_s:
-            raise ValueError(
-                f"max_snapshot_age_s is {self.max_snapshot_age_s}, it must exceed "
-                f"snapshot_poll_interval_s, {self.snapshot_poll_interval_s}"
-            )
+        problems = list(self._problems())
+        if problems:
+            raise problems_error(type(self), problems)
         return self
+
+    def _problems(self) -> Iterator[Problem]:
+        class_names = [c.name for c in self.classes]
+        try:
+            _check_unique("classes", class_names)
+        except ValueError as error:
+            yield ("classes",), str(error)
+        if self.default_class not in class_names:
+            yield (
+                ("default_class",),
+                f"default_class is {self.default_class!r}, "
+                f"it must be one of the classes: {', '.join(class_names)}",
+            )
+        try:
+            self.make_policy(self.class_weights)
+        except ValueError as error:
+            yield ("policy",), str(error)
+        if self.max_snapshot_age_s <= self.snapshot_poll_interval_s:
+            yield (
+                ("max_snapshot_age_s",),
+                f"max_snapshot_age_s is {self.max_snapshot_age_s}, it must exceed "
+                f"snapshot_poll_interval_s, {self.snapshot_poll_interval_s}",
+            )
 
     def retry_rules(self) -> RetryRules:
         """Return when a sequence that lost its node is sent to another one."""

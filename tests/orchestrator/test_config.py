@@ -113,6 +113,19 @@ def test_a_mistake_is_named_with_the_way_out(tmp_path: Path, text: str, words: s
     assert words in str(caught.value)
 
 
+def test_mistakes_between_keys_are_reported_together_each_at_its_key(tmp_path: Path) -> None:
+    text = NODE + "scheduler: fcfs\nslide_batching: {}\nsarathi: {token_budget: 300}\n"
+
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+
+    problems = [line.partition("node.yaml:")[2] for line in str(caught.value).splitlines()]
+    assert problems == [
+        "5:1: slide_batching: slide_batching is set, but scheduler fcfs does not read it",
+        "6:1: sarathi: sarathi is set, but scheduler fcfs does not read it",
+    ]
+
+
 TRTLLM_NODE = NODE.replace("{directory", "{kind: trtllm, directory")
 
 
