@@ -5,23 +5,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import BaseModel
 from rich.console import Console
 
-from orchestrator.command_line.deployment import DeploymentConfig, local_url
+from orchestrator.command_line.deployment import DeploymentConfig, PlacedNode, local_url
 from orchestrator.command_line.service import Service, StartFailed
 from orchestrator.command_line.supervisor import keep_running
-from router.config import RouterConfig
+from orchestrator.config import NodeConfig
+from orchestrator.core.errors import ConfigError
+from router.config import RouterConfig, RouterSettings
+
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 async def serve(config: DeploymentConfig, *, start_timeout_s: float, console: Console) -> int:
@@ -31,16 +37,19 @@ async def serve(config: DeploymentConfig, *, start_timeout_s: float, console: Co
         StartFailed: a service did not become healthy.
     """
     started_s = time.monotonic()
-    _check_ports_are_free(config)
+    if config.router.num_replicas > 1:
+        raise ConfigError(
+            f"router.num_replicas is {config.router.num_replicas}, but `proserve serve` starts one "
+            "router; set it to 1 here, or deploy with `proserve render kubernetes`"
+        )
+    placed_nodes = config.placed_nodes()
+    _check_ports_are_free([placed.config for placed in placed_nodes], config.router)
     router_config = config.router_config()
     stopping = _stop_signal()
     announce = partial(console.print, soft_wrap=True, highlight=False, markup=False)
     async with contextlib.AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="proserve-serve-")))
-        nodes = [
-            _service("node", node.endpoint_id, local_url(node.host, node.port), node, directory)
-            for node in config.nodes
-        ]
+        nodes = [_node_service(placed, directory) for placed in placed_nodes]
         url = local_url(router_config.host, router_config.port)
         router = _service("router", "router", url, router_config, directory)
         # The router ends first, so that no request is routed to a node that is going.
@@ -72,11 +81,44 @@ async def serve(config: DeploymentConfig, *, start_timeout_s: float, console: Co
     return 0
 
 
-def _service(command: str, name: str, url: str, config: BaseModel, directory: Path) -> Service:
+def _node_service(placed: PlacedNode, directory: Path) -> Service:
+    node = placed.config
+    environment = {}
+    if placed.gpus is not None:
+        visible = visible_gpus(placed.gpus, os.environ.get(VISIBLE_GPUS))
+        if visible is None:
+            raise ConfigError(
+                f"{node.endpoint_id} is to have GPUs {', '.join(map(str, placed.gpus))} of those "
+                f"in {VISIBLE_GPUS}, {os.environ[VISIBLE_GPUS]!r}, which has fewer; name more "
+                "there, or lower num_nodes or num_gpus"
+            )
+        environment[VISIBLE_GPUS] = visible
+    url = local_url(node.host, node.port)
+    return _service("node", node.endpoint_id, url, node, directory, environment)
+
+
+def visible_gpus(gpus: Sequence[int], visible: str | None) -> str | None:
+    """Return the names of the GPUs with these numbers among those that `visible`, as CUDA reads
+    it, leaves; None if it leaves fewer. `visible` None leaves all there are."""
+    if visible is None:
+        return ",".join(map(str, gpus))
+    names = visible.split(",")
+    return ",".join(names[gpu] for gpu in gpus) if max(gpus) < len(names) else None
+
+
+def _service(
+    command: str,
+    name: str,
+    url: str,
+    config: BaseModel,
+    directory: Path,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Service:
     path = directory / f"{name}.yaml"  # JSON is YAML
     path.write_text(json.dumps(config.model_dump(mode="json")))
     main = (sys.executable, "-m", "orchestrator.command_line.main")
-    return Service(name, url, (*main, command, str(path), "--die-with-parent"))
+    arguments = (*main, command, str(path), "--die-with-parent")
+    return Service(name, url, arguments, environment)
 
 
 async def _wait_until_healthy(services: Sequence[Service], timeout_s: float) -> None:
@@ -118,10 +160,10 @@ async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _check_ports_are_free(config: DeploymentConfig) -> None:
+def _check_ports_are_free(nodes: Sequence[NodeConfig], router: RouterSettings) -> None:
     for name, host, port in [
-        *((node.endpoint_id, node.host, node.port) for node in config.nodes),
-        ("router", config.router.host, config.router.port),
+        *((node.endpoint_id, node.host, node.port) for node in nodes),
+        ("router", router.host, router.port),
     ]:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.socket(family, socket.SOCK_STREAM) as probe:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import httpx
 
@@ -32,16 +34,26 @@ class StartFailed(ProServeError):
 class Service:
     """A command that serves HTTP and answers GET /health; runs at most once at a time."""
 
-    def __init__(self, name: str, url: str, command: Sequence[str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        command: Sequence[str],
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """`environment` is what the process has on top of ours."""
         self.name = name
         self.url = url
         self._command = tuple(command)
+        self._environment = os.environ | environment
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
         """Start the process; the one before has been stopped."""
         # In a session of its own Ctrl-C does not reach it: services are stopped in order.
-        self._process = await asyncio.create_subprocess_exec(*self._command, start_new_session=True)
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command, start_new_session=True, env=self._environment
+        )
 
     async def stop(self) -> None:
         """End the process, with time for what it has to finish, if it runs."""

@@ -35,4 +35,6 @@ def test_every_field_of_every_model_is_documented() -> None:
 def test_shipped_deployments_are_valid(path: Path) -> None:
     config = load_yaml_model(path, DeploymentConfig)
 
-    assert len(config.nodes) == len(yaml.safe_load(path.read_text())["nodes"])
+    written = yaml.safe_load(path.read_text())
+    in_groups = sum(group["num_nodes"] for group in written.get("node_groups", []))
+    assert len(config.placed_nodes()) == len(written.get("nodes", [])) + in_groups
