@@ -165,7 +165,7 @@ def _validated(
         for detail in details:
             if detail["type"] == "missing" and detail["loc"] in meant:
                 continue  # it is there under another name, which is reported
-            path = _path_in_data(detail["loc"], data)
+            path = _path_in_data(detail["loc"], data, keeps_last=detail["type"] == "missing")
             place = None if root is None else _nearest_place(path, root)
             key = f" {_dotted(path)}:" if path else ""
             text = f"{_at(source, place)}:{key} {_problem(detail, model)}"
@@ -245,14 +245,14 @@ def _models_in(annotation: object) -> Iterator[type]:
         yield from _models_in(argument)
 
 
-def _path_in_data(location: KeyPath, data: object) -> KeyPath:
-    """Return `location` without what is not in the file, such as the names of union members.
-
-    The last part stays where it is absent: it is a required key.
+def _path_in_data(location: KeyPath, data: object, *, keeps_last: bool) -> KeyPath:
+    """Return `location` without what is not in the file, such as the names of union members; the
+    last part may be a required key that is absent.
     """
     path: list[str | int] = []
     for position, part in enumerate(location):
-        if isinstance(data, Mapping) and (part in data or position == len(location) - 1):
+        is_kept = keeps_last and position == len(location) - 1
+        if isinstance(data, Mapping) and (part in data or is_kept):
             data = data.get(part)
         elif isinstance(data, list) and isinstance(part, int) and part < len(data):
             data = data[part]

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from orchestrator.command_line.config_commands import app as config_app
 from orchestrator.command_line.keys import app as keys_app
 from orchestrator.core.errors import ProServeError
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(keys_app, name="keys")
+app.add_typer(config_app, name="config")
 console = Console()
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file.", metavar="FILE")]

@@ -144,10 +144,12 @@ def test_gpus_are_counted_among_those_that_are_visible(
             "7:37: kubernetes.router.tolerations[0]: operator is Equal and value is not set; Equal "
             "needs a value, Exists takes none",
         ),
-        ("router: {}", "1:1: nodes: there is no node; list some under nodes, or a group under "
-         "node_groups"),
+        (
+            "router: {}",
+            "1:1: there is no node; list some under nodes, or a group under node_groups",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_between_keys_is_located(tmp_path: Path, text: str, problem: str) -> None:
     assert problems_of(tmp_path, text) == [problem]
 
