@@ -67,7 +67,7 @@ def _collect(model: type, seen: dict[type, None]) -> None:
         return
     seen[model] = None
     for field in fields_of(model).values():
-        for nested in _models_in(field.annotation):
+        for nested in models_in(field.annotation):
             _collect(nested, seen)
 
 
@@ -118,11 +118,12 @@ def description(model: type, name: str) -> str:
     return ""
 
 
-def _models_in(annotation: object) -> Iterator[type]:
+def models_in(annotation: object) -> Iterator[type]:
+    """Yield the models that an annotation mentions."""
     if isinstance(annotation, type) and hasattr(annotation, "__pydantic_fields__"):
         yield annotation
     for argument in typing.get_args(annotation):
-        yield from _models_in(argument)
+        yield from models_in(argument)
 
 
 def _type_name(field: FieldInfo) -> str:

@@ -100,12 +100,13 @@ class NodeGroupConfig(NodeSettings):
         """Return how many GPUs one node has."""
         return default_num_gpus(self) if self.num_gpus is None else self.num_gpus
 
-    def node(self, number: int) -> NodeConfig:
-        """Return one of the nodes."""
+    def node(self, number: int, *, port: int | None = None) -> NodeConfig:
+        """Return one of the nodes; by default its port is the first plus its number."""
         fields = set(NodeSettings.model_fields)
         template = self.model_dump(include=fields, exclude_unset=True)
-        endpoint_id, port = f"{self.name}-{number}", self.first_port + number
-        return NodeConfig(**template, endpoint_id=endpoint_id, port=port)
+        if port is None:
+            port = self.first_port + number
+        return NodeConfig(**template, endpoint_id=f"{self.name}-{number}", port=port)
 
     @model_validator(mode="after")
     def _check_group(self) -> Self:

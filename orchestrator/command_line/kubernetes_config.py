@@ -15,6 +15,8 @@ from pydantic import (
     model_validator,
 )
 
+from orchestrator.command_line.deployment_checks import MAX_GROUP_NODES
+
 _STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 LabelName = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,28}[a-z0-9])?$")]
@@ -94,7 +96,7 @@ class AutoscalingConfig(BaseModel):
 
     model_config = _STRICT
 
-    max_nodes: PositiveInt
+    max_nodes: Annotated[int, Field(ge=1, le=MAX_GROUP_NODES)]
     """Nodes at most. Routers know all of them from the beginning."""
 
     waiting_per_node: PositiveFloat = 4.0

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from orchestrator.command_line.config_commands import app as config_app
 from orchestrator.command_line.keys import app as keys_app
+from orchestrator.command_line.render_commands import app as render_app
 from orchestrator.core.errors import ProServeError
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(keys_app, name="keys")
 app.add_typer(config_app, name="config")
+app.add_typer(render_app, name="render")
 console = Console()
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file.", metavar="FILE")]
@@ -90,6 +92,24 @@ def router(file: ConfigFile, *, die_with_parent: DieWithParent = False) -> None:
         create_app(config), host=config.host, port=config.port, protocol=GuardedHttpProtocol
     )
     raise typer.Exit(status)
+
+
+@app.command()
+def drain(
+    url: Annotated[str, typer.Argument(help="Address of a node.", metavar="URL")],
+    max_wait_s: Annotated[
+        float, typer.Option(help="Return after so long, whatever is left.")
+    ] = 30.0,
+) -> None:
+    """Have a node take nothing new and finish what it has; then it can be stopped."""
+    import httpx
+
+    from orchestrator.command_line.drain import CALL_TIMEOUT_S
+    from orchestrator.command_line.drain import drain as wait_until_drained
+
+    with httpx.Client(base_url=url, timeout=CALL_TIMEOUT_S) as http:
+        num_open = wait_until_drained(http, max_wait_s=max_wait_s)
+    print(f"{num_open} requests are left" if num_open else "drained")
 
 
 @app.command()
