@@ -33,7 +33,9 @@ INTRODUCTION = """\
 # Configuration
 
 Generated from the models by `python -m orchestrator.command_line.config_reference`; a test keeps
-it equal to them. Unknown keys are refused with file, line and the nearest valid key.
+it equal to them. Unknown keys are refused with file, line, column and the nearest valid key;
+`proserve config check FILE...` checks any of these files, see
+[deployment](deployment.md#checking-it).
 
 | file | command | model |
 |---|---|---|
