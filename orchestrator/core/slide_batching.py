@@ -140,6 +140,7 @@ def queue_load_s(signals: Signals) -> float:
     """Return Phi of equation (20): the queue's work in batches of the latency budget."""
     # The budget is at least min_budget_constants > 1 constants, so the divisor is positive
     # unless both are 0, when batches cost nothing extra.
-    work_s = float(signals.work_s.sum())
+    # Sorted, or its last digit would depend on the order in which requests came.
+    work_s = float(np.sort(signals.work_s).sum())
     usable_s = signals.budget_s - signals.constant_s
     return work_s * signals.budget_s / usable_s if usable_s > 0 else work_s

@@ -57,7 +57,7 @@ def test_make_test_is_the_command_that_runs_this() -> None:
         check=True,
     )
 
-    assert plan.stdout.splitlines()[-1].startswith(".venv/bin/python -m pytest")
+    assert " .venv/bin/python -m pytest " in plan.stdout.splitlines()[-1]
 
 
 @pytest.mark.usefixtures("served")

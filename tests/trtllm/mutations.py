@@ -330,11 +330,12 @@ MUTATIONS = (
     ),
     Mutation(
         "a token is drawn for prompts that are not through", RUNNER,
-        "if part.is_sampled and part.request_id not in lost", "if part.request_id not in lost",
+        "if part.is_sampled and not (lost and part.request_id in lost)",
+        "if not (lost and part.request_id in lost)",
     ),
     Mutation(
         "a token is drawn from blocks that were not brought", RUNNER,
-        "if part.is_sampled and part.request_id not in lost", "if part.is_sampled",
+        "if part.is_sampled and not (lost and part.request_id in lost)", "if part.is_sampled",
     ),
 )  # fmt: skip
 

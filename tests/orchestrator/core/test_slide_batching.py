@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.core.latency import BatchLatencyModel
@@ -365,6 +366,7 @@ def test_a_minimum_chunk_over_the_token_cap_is_refused() -> None:
 
 
 @settings(max_examples=200)
+@example(weights=[0.0] * 10 + [1.0, 0.0], seed=random.Random(0), now_s=0.75)
 @given(
     weights=st.lists(st.sampled_from([0.0, 1.0, 2.0]), min_size=1, max_size=12),
     seed=st.randoms(use_true_random=False),
