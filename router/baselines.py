@@ -113,18 +113,18 @@ class PrefixAwarePolicy:
             return NO_NODE
         num_requests = fleet.figures.num_requests
         keys = self._prefixes.keys_of(request)
+        num_cached = self._prefixes.num_cached(keys, fleet.endpoint_ids)
         on_offer = num_requests[offered]
         decision: RoutingDecision
         if on_offer.max() - on_offer.min() > self._options.max_spread:
             decision = _least(fleet, offered, num_requests, "uneven load, fewest requests")
         else:
-            num_cached = self._prefixes.num_cached(keys, len(fleet))
             longest = num_cached[offered].max()
             is_longest = offered & (num_cached == longest)
             reason = f"{longest:.0f} tokens seen there, requests"
             decision = _least(fleet, is_longest, num_requests, reason)
         assert decision.endpoint_id is not None, "a node is on offer"
-        self._prefixes.note(keys, fleet.row_of(decision.endpoint_id))
+        self._prefixes.note(keys, decision.endpoint_id)
         return decision
 
 

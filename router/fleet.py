@@ -14,8 +14,8 @@ moment at which the node will have drained, and a prompt that comes later starts
 from __future__ import annotations
 
 import math
-from bisect import insort
-from collections.abc import Collection, Iterable, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -111,10 +111,11 @@ _PADDING: _Entry = (-math.inf, 0.0, 0.0)
 
 
 class Fleet:
-    """A fixed set of nodes, one row each, in the order of their ids.
+    """A set of nodes, one row each, in the order of their ids.
 
     Policies only read what is here. Rows of nodes that nothing is known of hold zeros and are
-    never offered.
+    never offered. A node that comes or goes moves the rows behind it, so rows, and arrays that
+    were read before, are good until then.
     """
 
     def __init__(self, endpoint_ids: Iterable[str], drain: DrainOptions = DrainOptions()) -> None:
@@ -129,6 +130,9 @@ class Fleet:
 
         self._data: Floats = np.zeros((len(NodeFigures._fields), len(self)))
         self._figures: NodeFigures[Floats] = NodeFigures(*self._data)
+        self._due_s: Floats
+        self._weight: Floats
+        self._work_s: Floats
         self._make_queues(_LEAST_WIDTH)
 
     def __len__(self) -> int:
@@ -161,6 +165,29 @@ class Fleet:
     def row_of(self, endpoint_id: str) -> int:
         """Return a node's row."""
         return self._row_of[endpoint_id]
+
+    def add(self, endpoint_id: str) -> None:
+        """Give a new node a row; nothing is known of it yet."""
+        assert endpoint_id not in self._row_of, "each node has one row"
+        self._write_stale_rows()
+        row = bisect_left(self.endpoint_ids, endpoint_id)
+        ids = self.endpoint_ids
+        self._endpoints.insert(row, _Endpoint())
+        self._move_rows(
+            (*ids[:row], endpoint_id, *ids[row:]),
+            lambda array, padding, axis: np.insert(array, row, padding, axis=axis),
+        )
+
+    def remove(self, endpoint_id: str) -> None:
+        """Forget a node. Dispatches there that have not ended count nowhere any more."""
+        self._write_stale_rows()
+        row = self._row_of[endpoint_id]
+        ids = self.endpoint_ids
+        del self._endpoints[row]
+        self._move_rows(
+            (*ids[:row], *ids[row + 1 :]),
+            lambda array, _, axis: np.delete(array, row, axis=axis),
+        )
 
     def allow(self, endpoint_id: str, until_s: float) -> None:
         """Offer a node up to that moment, and at it; -inf takes it out."""
@@ -220,14 +247,15 @@ class Fleet:
     def note_first_token(self, dispatch: Dispatch) -> None:
         """A sequence has produced output."""
         dispatch.has_first_token = True
-        self._stale_rows.add(self._row_of[dispatch.endpoint_id])
+        row = self._row_with(dispatch)
+        if row is not None:
+            self._stale_rows.add(row)
 
     def end_dispatch(self, dispatch: Dispatch) -> None:
         """A sequence has ended, however."""
-        row = self._row_of[dispatch.endpoint_id]
-        unseen = self._endpoints[row].unseen
-        if dispatch in unseen:
-            unseen.remove(dispatch)
+        row = self._row_with(dispatch)
+        if row is not None:
+            self._endpoints[row].unseen.remove(dispatch)
             self._stale_rows.add(row)
 
     def prefill_s(self, num_tokens: int, num_cached: Floats | None = None) -> Floats:
@@ -255,6 +283,11 @@ class Fleet:
         # Nobody has done more since than there was to do.
         elapsed_s = np.minimum(now_s - self.figures.began_at_s, done_s[:, -1])
         return done_s - elapsed_s[:, None]
+
+    def _row_with(self, dispatch: Dispatch) -> int | None:
+        """Return the row that counts a dispatch; None once a snapshot does, or its node is gone."""
+        row = self._row_of.get(dispatch.endpoint_id)
+        return row if row is not None and dispatch in self._endpoints[row].unseen else None
 
     def _queue_of(self, snapshot: EndpointSnapshot) -> tuple[list[_Entry], int]:
         """Return a snapshot's queue by deadline, and how many prompts are ahead of a new one."""
@@ -368,12 +401,23 @@ class Fleet:
             matrix[row, :num_entries] = column
             matrix[row, num_entries:] = padding
 
+    def _move_rows(
+        self, endpoint_ids: tuple[str, ...], change: Callable[[Floats, float, int], Floats]
+    ) -> None:
+        """Have other nodes from now on; `change` makes the new form of an array, whose rows are
+        along an axis and begin as a padding."""
+        self.endpoint_ids = endpoint_ids
+        self._row_of = {endpoint_id: row for row, endpoint_id in enumerate(endpoint_ids)}
+        self._usable_until_s = change(self._usable_until_s, -math.inf, 0)
+        self._data = change(self._data, 0.0, 1)
+        self._figures = NodeFigures(*self._data)
+        before = (self._due_s, self._weight, self._work_s)
+        queues = (change(m, p, 0) for m, p in zip(before, _PADDING, strict=True))
+        self._due_s, self._weight, self._work_s = queues
+
     def _make_queues(self, width: int) -> None:
         """Make empty queue matrices, (num_endpoints, width): entries by deadline, then padding."""
         shape = (len(self), width)
-        self._due_s: Floats
-        self._weight: Floats
-        self._work_s: Floats
         self._due_s, self._weight, self._work_s = (np.full(shape, padding) for padding in _PADDING)
 
 

@@ -157,7 +157,7 @@ class GoRoutingPolicy:
         num_cached: Floats | None = None
         if self._prefixes is not None:
             keys = self._prefixes.keys_of(request)
-            num_cached = self._prefixes.num_cached(keys, len(fleet))
+            num_cached = self._prefixes.num_cached(keys, fleet.endpoint_ids)
         prefill_s = fleet.prefill_s(request.num_prompt_tokens, num_cached)
         load_s, load_after_s = fleet.loads_s(prefill_s, now_s)
         delta = self._delta(request, fleet, prefill_s, (load_s, load_after_s), now_s)
@@ -165,7 +165,7 @@ class GoRoutingPolicy:
             delta -= self._options.decode_loss_weight * _decode_loss(request, fleet)
         row, case = self._choose(request.slo.ttft_s, offered, delta, load_s, load_after_s)
         if self._prefixes is not None:
-            self._prefixes.note(keys, row)
+            self._prefixes.note(keys, fleet.endpoint_ids[row])
         gain = float(delta[row])
         return RoutingDecision(
             fleet.endpoint_ids[row],

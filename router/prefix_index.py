@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,12 +40,18 @@ class PrefixIndexOptions:
 
 
 class PrefixIndex:
-    """The index of one router. Nodes are rows of its fleet."""
+    """The index of one router. What a node was sent is forgotten when it leaves the fleet."""
 
     def __init__(self, options: PrefixIndexOptions = PrefixIndexOptions()) -> None:
         self._options = options
         self._holders: OrderedDict[bytes, int] = OrderedDict()
-        """Piece -> bit r is set if row r was sent it; the one seen last comes last."""
+        """Piece -> bit b is set if the node with that bit was sent it; the one seen last comes
+        last."""
+
+        self._bit_of: dict[str, int] = {}
+        self._endpoint_ids: tuple[str, ...] = ()
+        self._bit_of_row: NDArray[np.intp] = np.zeros(0, dtype=np.intp)
+        """Bits of the nodes in `_endpoint_ids`."""
 
     def keys_of(self, request: RoutingRequest) -> list[bytes]:
         """Return the names of a prompt's whole pieces before its last token, which is computed in
@@ -61,32 +68,55 @@ class PrefixIndex:
             keys.append(name)
         return keys
 
-    def num_cached(self, keys: Sequence[bytes], num_rows: int) -> NDArray[np.float64]:
-        """Return how many of a prompt's first tokens each node was sent, (num_rows,)."""
-        counts = np.zeros(num_rows)
-        before = (1 << num_rows) - 1
+    def num_cached(
+        self, keys: Sequence[bytes], endpoint_ids: tuple[str, ...]
+    ) -> NDArray[np.float64]:
+        """Return how many of a prompt's first tokens each node of a fleet was sent."""
+        self._follow(endpoint_ids)
+        num_bits = max(self._bit_of.values(), default=-1) + 1
+        counts = np.zeros(num_bits)
+        before = (1 << num_bits) - 1
         for index, key in enumerate(keys):
             holders = before & self._holders.get(key, 0)
             if holders != before:
-                counts[_rows(before & ~holders, num_rows)] = index * self._options.chunk_tokens
+                counts[_flags(before & ~holders, num_bits)] = index * self._options.chunk_tokens
                 before = holders
             if not holders:
                 break
         if before:
-            counts[_rows(before, num_rows)] = len(keys) * self._options.chunk_tokens
-        return counts
+            counts[_flags(before, num_bits)] = len(keys) * self._options.chunk_tokens
+        return counts[self._bit_of_row]
 
-    def note(self, keys: Sequence[bytes], row: int) -> None:
-        """Remember that a node was sent a prompt."""
+    def note(self, keys: Sequence[bytes], endpoint_id: str) -> None:
+        """Remember that a node, one of those that `num_cached` was last asked for, was sent a
+        prompt."""
+        bit = 1 << self._bit_of[endpoint_id]
         # The beginning last, so that it is forgotten after what follows it.
         for key in reversed(keys):
-            self._holders[key] = self._holders.get(key, 0) | (1 << row)
+            self._holders[key] = self._holders.get(key, 0) | bit
             self._holders.move_to_end(key)
         while len(self._holders) > self._options.max_chunks:
             self._holders.popitem(last=False)
 
+    def _follow(self, endpoint_ids: tuple[str, ...]) -> None:
+        """Give new nodes bits and take them from those that are gone."""
+        if endpoint_ids is self._endpoint_ids:
+            return
+        gone = self._bit_of.keys() - set(endpoint_ids)
+        kept = ~sum(1 << self._bit_of.pop(endpoint_id) for endpoint_id in gone)
+        if gone:
+            for key in self._holders:
+                self._holders[key] &= kept
+        taken = set(self._bit_of.values())
+        free = (bit for bit in count() if bit not in taken)
+        for endpoint_id in endpoint_ids:
+            if endpoint_id not in self._bit_of:
+                self._bit_of[endpoint_id] = next(free)
+        self._bit_of_row = np.array([self._bit_of[i] for i in endpoint_ids], dtype=np.intp)
+        self._endpoint_ids = endpoint_ids
 
-def _rows(bits: int, num_rows: int) -> NDArray[np.bool_]:
-    """Return which of the rows are set in `bits`."""
-    octets = np.frombuffer(bits.to_bytes((num_rows + 7) // 8, "little"), dtype=np.uint8)
-    return np.unpackbits(octets, count=num_rows, bitorder="little").astype(np.bool_)
+
+def _flags(bits: int, num_bits: int) -> NDArray[np.bool_]:
+    """Return which of the bits are set."""
+    octets = np.frombuffer(bits.to_bytes((num_bits + 7) // 8, "little"), dtype=np.uint8)
+    return np.unpackbits(octets, count=num_bits, bitorder="little").astype(np.bool_)

@@ -222,6 +222,36 @@ def test_only_nodes_that_follow_grammars_are_on_offer_where_one_is_needed() -> N
     assert fleet.offer(0.0, 1).tolist() == [True, True]
 
 
+def test_nodes_that_come_and_go_leave_the_others_as_they_were() -> None:
+    """`b` has 10 queued tokens and stays; `a` goes, and comes back as one of which nothing is
+    known."""
+    fleet = make_fleet({"a": make_snapshot(), "b": make_snapshot(num_queued_prompt_tokens=10)})
+
+    fleet.remove("a")
+
+    assert list(fleet.endpoint_ids) == ["b"]
+    assert fleet.figures.num_queued_tokens.tolist() == [10]
+    fleet.add("c")
+    fleet.add("a")
+    assert list(fleet.endpoint_ids) == ["a", "b", "c"]
+    assert fleet.figures.num_queued_tokens.tolist() == [0, 10, 0]
+    assert fleet.offer(0.0, 1).tolist() == [False, True, False]
+
+
+def test_a_dispatch_on_a_node_that_is_gone_ends_without_a_trace() -> None:
+    """Also when another node has come under the same id."""
+    fleet = make_fleet({"a": make_snapshot(), "b": make_snapshot()})
+    begun = fleet.begin_dispatch("a", make_routing_request(), 1.0)
+    fleet.remove("a")
+    fleet.note_first_token(begun)
+    fleet.add("a")
+    fleet.see("a", make_snapshot(num_queued_prompt_tokens=10))
+
+    fleet.end_dispatch(begun)
+
+    assert fleet.figures.num_queued_tokens.tolist() == [10, 0]
+
+
 # --- properties ---------------------------------------------------------------------------------
 
 snapshots = st.builds(
@@ -241,6 +271,7 @@ events = st.one_of(
     st.tuples(st.just("begin"), st.integers(0, 2), st.integers(1, 300)),
     st.tuples(st.just("first token"), st.integers(0, 30), st.none()),
     st.tuples(st.just("end"), st.integers(0, 30), st.none()),
+    st.tuples(st.just("come or go"), st.integers(0, 2), st.none()),
 )
 
 
@@ -261,7 +292,12 @@ def test_books_kept_event_by_event_are_those_made_anew(
     live: list[Dispatch] = []
     for number, (kind, index, detail) in enumerate(events):
         now_s = float(number)
-        if kind == "see" and isinstance(detail, EndpointSnapshot):
+        if kind == "come or go":
+            live = [d for d in live if d.endpoint_id != names[index]]
+            last.pop(names[index], None)
+            change = fleet.remove if names[index] in fleet.endpoint_ids else fleet.add
+            change(names[index])
+        elif isinstance(detail, EndpointSnapshot) and names[index] in fleet.endpoint_ids:
             last[names[index]] = replace(detail, taken_at_s=now_s, complete_until_s=now_s)
             fleet.see(names[index], last[names[index]])
         elif kind == "begin" and isinstance(detail, int) and names[index] in last:
@@ -272,7 +308,7 @@ def test_books_kept_event_by_event_are_those_made_anew(
         elif live and kind == "end":
             fleet.end_dispatch(live.pop(index % len(live)))
 
-    anew = Fleet(names, drain)
+    anew = Fleet(fleet.endpoint_ids, drain)
     for name, snapshot in last.items():
         anew.see(name, snapshot)
     for dispatch in sorted(live, key=lambda d: d.sent_at_s):

@@ -5,21 +5,36 @@ import pytest
 from router.prefix_index import PrefixIndex, PrefixIndexOptions
 from tests.router.fleets import make_routing_request
 
+NODES = ("a", "b", "c")
+
 
 def make_index(*, chunk_tokens: int = 4, max_chunks: int = 100) -> PrefixIndex:
     return PrefixIndex(PrefixIndexOptions(chunk_tokens=chunk_tokens, max_chunks=max_chunks))
 
 
 def num_cached(
-    index: PrefixIndex, tokens: range | list[int], *, cache_salt: str = "", num_rows: int = 3
+    index: PrefixIndex,
+    tokens: range | list[int],
+    *,
+    cache_salt: str = "",
+    endpoint_ids: tuple[str, ...] = NODES,
 ) -> list[float]:
     request = make_routing_request(prompt_token_ids=list(tokens), cache_salt=cache_salt)
-    return list(index.num_cached(index.keys_of(request), num_rows))
+    return list(index.num_cached(index.keys_of(request), endpoint_ids))
 
 
-def note(index: PrefixIndex, tokens: range, row: int, *, cache_salt: str = "") -> None:
+def note(
+    index: PrefixIndex,
+    tokens: range,
+    row: int,
+    *,
+    cache_salt: str = "",
+    endpoint_ids: tuple[str, ...] = NODES,
+) -> None:
+    """Send a prompt as policies do: they ask first."""
+    num_cached(index, tokens, endpoint_ids=endpoint_ids)
     request = make_routing_request(prompt_token_ids=list(tokens), cache_salt=cache_salt)
-    index.note(index.keys_of(request), row)
+    index.note(index.keys_of(request), endpoint_ids[row])
 
 
 def test_each_node_has_the_beginning_that_it_was_sent() -> None:
@@ -67,12 +82,23 @@ def test_what_was_not_seen_for_longest_is_forgotten_from_its_end() -> None:
 
 def test_more_nodes_than_a_machine_word_has_bits() -> None:
     index = make_index()
-    note(index, range(9), 130)
-    note(index, range(5), 7)
+    nodes = tuple(f"node-{number:03d}" for number in range(131))
+    note(index, range(9), 130, endpoint_ids=nodes)
+    note(index, range(5), 7, endpoint_ids=nodes)
 
-    counts = num_cached(index, range(30), num_rows=131)
+    counts = num_cached(index, range(30), endpoint_ids=nodes)
 
     assert {row: count for row, count in enumerate(counts) if count} == {7: 4, 130: 8}
+
+
+def test_what_nodes_were_sent_follows_them_when_others_come_and_go() -> None:
+    """Of a, b and c only c stays, behind two new ones, which have been sent nothing."""
+    index = make_index()
+    note(index, range(9), 0)
+    note(index, range(20), 2)
+
+    assert num_cached(index, range(30), endpoint_ids=("aa", "bb", "c")) == [0, 0, 16]
+    assert num_cached(index, range(30)) == [0, 0, 16], "a was away"
 
 
 @pytest.mark.parametrize("name", ["chunk_tokens", "max_chunks"])
