@@ -68,7 +68,7 @@ class Dispatcher:
             dispatch = await self._begin_next(progress, failure)
             used_endpoints.append(dispatch.endpoint_id)
             batches = self._client.generate(
-                self._pool.url_of(dispatch.endpoint_id),
+                self._pool.url_of(dispatch),
                 self._node_request(request, routing, progress),
             )
             try:

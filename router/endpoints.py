@@ -1,7 +1,8 @@
 """The nodes a router may use: where they are, what they last said, and whether they may be used.
 
 Nodes stream snapshots of what they hold; where a stream ends or there is none, they are polled.
-What a routing policy needs to know of them is kept in a `Fleet`.
+What a routing policy needs to know of them is kept in a `Fleet`. Who they are says the
+configuration, and whoever calls `EndpointPool.add` and `remove` as nodes come and go.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from orchestrator.core.errors import NodeUnavailable
 from orchestrator.core.ports import Clock
 from orchestrator.wire import NodeDescription, NodeSnapshot
-from router.config import RouterConfig
+from router.config import EndpointConfig, RouterConfig
 from router.fleet import Dispatch, EndpointSnapshot, Flags, Fleet, max_sequence_tokens
 from router.health import CircuitBreaker, SlowStart
 from router.metrics import RouterMetrics
@@ -55,6 +56,9 @@ class Endpoint:
     num_dispatches: int = 0
     """Sequences that this router sent there and that have not ended."""
 
+    task: asyncio.Task[None] | None = None
+    """Follows the node; None while the pool is not started."""
+
     def has_room(self, now_s: float) -> bool:
         """Return whether the node may be given more while it begins slowly."""
         if self.description is None:
@@ -69,18 +73,13 @@ class Endpoint:
 
 
 class EndpointPool:
-    """Listens to the configured nodes and says which can be used now."""
+    """Listens to nodes and says which can be used now. Belongs to one event loop."""
 
     def __init__(
         self, config: RouterConfig, client: NodeClient, clock: Clock, metrics: RouterMetrics
     ) -> None:
         self._config = config
-        self._endpoints = {
-            e.endpoint_id: Endpoint(
-                e.endpoint_id, e.url, self._new_breaker(), SlowStart(config.health.slow_start_s)
-            )
-            for e in config.nodes
-        }
+        self._endpoints = {e.endpoint_id: self._new_endpoint(e) for e in config.nodes}
         self._client = client
         self._clock = clock
         self._metrics = metrics
@@ -88,23 +87,55 @@ class EndpointPool:
         """Nodes that have failed or come back, for whose sake breakers and slow starts are asked:
         all others are known to have none."""
 
-        self._tasks: list[asyncio.Task[None]] = []
+        self._endpoint_of: dict[Dispatch, Endpoint] = {}
+        """Of dispatches that have not ended; the endpoint may have been removed since."""
+
+        self._longest_gone_tokens: int | None = None
+        """The longest sequence that any removed node took; None if none was removed."""
+
+        self._is_started = False
         self.fleet = Fleet(self._endpoints, config.estimates)
         """For routing policies, which only read it."""
 
     async def start(self) -> None:
-        """Poll every node once, then follow them all until `stop`."""
+        """Poll every node once, then follow them all until `stop`. None is removed meanwhile."""
         await asyncio.gather(*(self._poll(e) for e in self._endpoints.values()))
-        self._tasks = [
-            asyncio.create_task(self._follow(e), name=f"follow {e.endpoint_id}")
-            for e in self._endpoints.values()
-        ]
+        self._is_started = True
+        for endpoint in self._endpoints.values():
+            self._begin_to_follow(endpoint)
 
     async def stop(self) -> None:
         """Stop following."""
-        for task in self._tasks:
+        tasks = [e.task for e in self._endpoints.values() if e.task is not None]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def __contains__(self, endpoint_id: str) -> bool:
+        return endpoint_id in self._endpoints
+
+    def add(self, node: EndpointConfig) -> None:
+        """Follow one more node, whose id no other has. It is used once it has answered a poll."""
+        assert node.endpoint_id not in self._endpoints, "each node is added once"
+        endpoint = self._endpoints[node.endpoint_id] = self._new_endpoint(node)
+        self.fleet.add(node.endpoint_id)
+        if self._is_started:
+            self._begin_to_follow(endpoint)
+
+    def remove(self, endpoint_id: str) -> None:
+        """Send nothing more to a node and forget it. What it works on goes on until it ends."""
+        endpoint = self._endpoints.pop(endpoint_id)
+        if endpoint.task is not None:
+            endpoint.task.cancel()
+        if (last := endpoint.last_description) is not None:
+            tokens = max_sequence_tokens(last.capabilities)
+            self._longest_gone_tokens = max(tokens, self._longest_gone_tokens or 0)
+        self._watched.discard(endpoint_id)
+        self.fleet.remove(endpoint_id)
+
+    def is_reachable(self, endpoint_id: str) -> bool:
+        """Return whether a node answered when it was last asked or listened to."""
+        return self._endpoints[endpoint_id].failure is None
 
     def offer(
         self,
@@ -141,9 +172,9 @@ class EndpointPool:
         """Return how many sequences each node has been sent that have not ended."""
         return {e.endpoint_id: e.num_dispatches for e in self._endpoints.values()}
 
-    def url_of(self, endpoint_id: str) -> str:
-        """Return the address of a node."""
-        return self._endpoints[endpoint_id].url
+    def url_of(self, dispatch: Dispatch) -> str:
+        """Return the address of the node of a dispatch that has not ended."""
+        return self._endpoint_of[dispatch].url
 
     def max_sequence_tokens(self) -> int:
         """Return the longest sequence, prompt and output, that any node takes that was ever there.
@@ -151,10 +182,16 @@ class EndpointPool:
         Raises:
             NodeUnavailable: no node was.
         """
-        known = [d for e in self._endpoints.values() if (d := e.last_description) is not None]
+        known = [
+            max_sequence_tokens(description.capabilities)
+            for endpoint in self._endpoints.values()
+            if (description := endpoint.last_description) is not None
+        ]
+        if self._longest_gone_tokens is not None:
+            known.append(self._longest_gone_tokens)
         if not known:
             raise NodeUnavailable(self.explain_obstacles())
-        return max(max_sequence_tokens(description.capabilities) for description in known)
+        return max(known)
 
     def grammar_obstacle(self) -> str | None:
         """Return why no node will ever take a request with a grammar, in words for its client;
@@ -165,7 +202,7 @@ class EndpointPool:
             if description is None or description.capabilities.grammar_obstacle is None:
                 return None
             reasons.append(f"{endpoint.endpoint_id}: {description.capabilities.grammar_obstacle}")
-        return "; ".join(reasons)
+        return "; ".join(reasons) or None
 
     def explain_obstacles(self) -> str:
         """Return why there is no node for a request, in words for its client."""
@@ -174,6 +211,7 @@ class EndpointPool:
             f"{endpoint_id}: {obstacle or unsuited}"
             for endpoint_id, obstacle in self.obstacles(self._clock.now_s()).items()
         )
+        reasons = reasons or "no node is registered"
         return f"no node can take the request now, try again later ({reasons})"
 
     def begin_dispatch(
@@ -184,7 +222,7 @@ class EndpointPool:
         dispatch = self.fleet.begin_dispatch(
             decision.endpoint_id, request, now_s, is_satisfiable=decision.is_satisfiable
         )
-        endpoint = self._endpoints[decision.endpoint_id]
+        endpoint = self._endpoint_of[dispatch] = self._endpoints[decision.endpoint_id]
         endpoint.num_dispatches += 1
         endpoint.breaker.begin(dispatch, now_s)
         return dispatch
@@ -196,14 +234,14 @@ class EndpointPool:
         now_s = self._clock.now_s()
         self.fleet.note_first_token(dispatch)
         self._compare(dispatch, is_in_time=now_s < dispatch.request.due_s)
-        endpoint = self._endpoints[dispatch.endpoint_id]
+        endpoint = self._endpoint_of[dispatch]
         if endpoint.breaker.answer(dispatch):
             endpoint.slow_start.begin(now_s)
 
     def end_dispatch(self, dispatch: Dispatch) -> None:
         """The sequence has ended, however."""
         self.fleet.end_dispatch(dispatch)
-        endpoint = self._endpoints[dispatch.endpoint_id]
+        endpoint = self._endpoint_of.pop(dispatch)
         endpoint.num_dispatches -= 1
         endpoint.breaker.end(dispatch)
         # Who gave up before the deadline leaves open whether it would have been met.
@@ -212,15 +250,17 @@ class EndpointPool:
 
     def note_success(self, dispatch: Dispatch) -> None:
         """A sequence has got its last token."""
-        self._endpoints[dispatch.endpoint_id].breaker.succeed()
+        self._endpoint_of[dispatch].breaker.succeed()
 
     def lose_node(self, dispatch: Dispatch, reason: str) -> None:
         """A node has lost a sequence: do not use it until it answers a poll again, and not even
         then if that happens too often."""
-        endpoint = self._endpoints[dispatch.endpoint_id]
+        endpoint = self._endpoint_of[dispatch]
         last = endpoint.last_description
         if last is None or last.instance_id != dispatch.instance_id:
             return  # Another process has taken its place.
+        if self._endpoints.get(dispatch.endpoint_id) is not endpoint:
+            return  # It was removed.
         endpoint.breaker.fail(dispatch, self._clock.now_s())
         self._watched.add(dispatch.endpoint_id)
         if endpoint.description is not None:
@@ -252,7 +292,13 @@ class EndpointPool:
             return "draining"
         return endpoint.breaker.obstacle(now_s)
 
+    def _begin_to_follow(self, endpoint: Endpoint) -> None:
+        name = f"follow {endpoint.endpoint_id}"
+        endpoint.task = asyncio.create_task(self._follow(endpoint), name=name)
+
     async def _follow(self, endpoint: Endpoint) -> None:
+        if endpoint.last_description is None and not endpoint.is_unreachable:
+            await self._poll(endpoint)  # for the first time
         while True:
             if endpoint.failure is None:
                 await self._listen(endpoint)
@@ -327,6 +373,10 @@ class EndpointPool:
             endpoint.breaker = self._new_breaker()
         endpoint.last_description, endpoint.is_unreachable = description, False
 
+    def _new_endpoint(self, node: EndpointConfig) -> Endpoint:
+        slow_start = SlowStart(self._config.health.slow_start_s)
+        return Endpoint(node.endpoint_id, node.url, self._new_breaker(), slow_start)
+
     def _new_breaker(self) -> CircuitBreaker:
         return CircuitBreaker(self._config.health.breaker_rules())
 
@@ -335,7 +385,7 @@ class EndpointPool:
         if description.endpoint_id != endpoint.endpoint_id:
             raise NodeUnavailable(
                 f"{endpoint.url} is node {description.endpoint_id!r}, "
-                f"the router's configuration calls it {endpoint.endpoint_id!r}"
+                f"the router knows it as {endpoint.endpoint_id!r}"
             )
         if description.model != self._config.model:
             raise NodeUnavailable(

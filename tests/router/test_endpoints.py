@@ -361,6 +361,28 @@ async def test_a_lone_node_that_comes_back_takes_everything(node: FakeNode) -> N
         assert usable_ids(pool, clock) == ["node-0"]
 
 
+async def test_a_sequence_on_a_removed_node_ends_without_harm_to_the_next_of_that_id(
+    node: FakeNode,
+) -> None:
+    """It even fails three times, for which a node is left out."""
+    clock = ManualClock()
+    async with started_pool({"node-0": node.url}, clock) as pool:
+        dispatches = [send(pool, clock) for _ in range(3)]
+        pool.remove("node-0")
+        assert pool.obstacles(clock.now_s()) == {}
+        assert pool.max_sequence_tokens() == 256, "a node was there"
+
+        pool.add(EndpointConfig(endpoint_id="node-0", url=node.url))
+        await until(lambda: usable_ids(pool, clock) == ["node-0"])
+        for dispatch in dispatches:
+            assert pool.url_of(dispatch) == node.url
+            pool.note_first_token(dispatch)
+            pool.lose_node(dispatch, "as the test says")
+            pool.end_dispatch(dispatch)
+
+        assert usable_ids(pool, clock) == ["node-0"]
+
+
 async def test_limits_are_known_while_all_nodes_are_away(node: FakeNode) -> None:
     clock = ManualClock()
     async with started_pool({"node-0": node.url}, clock) as pool:
