@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from orchestrator.core.scheduler_factory import SchedulerName, SchedulerOptions, options_type
+from orchestrator.peers import SecretConfig, ServiceUrl
 from orchestrator.scheduler_config import (
     CorrectionSection,
     DeadlineSection,
@@ -178,6 +179,17 @@ EngineConfig = Annotated[
 ]
 
 
+class NodeRegistrationConfig(SecretConfig):
+    """Routers at which a node registers itself, with the secret that they know."""
+
+    router_urls: Annotated[tuple[ServiceUrl, ...], Field(min_length=1)]
+    """Each of these routers, as http://HOST:PORT: they tell each other nothing."""
+
+    advertise_url: ServiceUrl | None = None
+    """Under which the routers reach the node; by default http://HOST:PORT of its `host` and
+    `port`."""
+
+
 class NodeSettings(BaseModel):
     """A node, but for its name and port."""
 
@@ -261,3 +273,30 @@ class NodeConfig(NodeSettings):
 
     port: Port
     """Port the HTTP service listens on."""
+
+    registration: NodeRegistrationConfig | None = None
+    """Routers at which this node registers itself. None: routers have it in their
+    configuration."""
+
+    def advertised_url(self) -> str:
+        """Return the address under which others reach the node."""
+        if self.registration is not None and self.registration.advertise_url is not None:
+            return self.registration.advertise_url
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    @model_validator(mode="after")
+    def _check_address(self) -> Self:
+        is_everywhere = self.host in ("0.0.0.0", "::")
+        if self.registration and not self.registration.advertise_url and is_everywhere:
+            raise problems_error(
+                type(self),
+                [
+                    (
+                        ("host",),
+                        f"host is {self.host}, which is no address to come to; set "
+                        "registration.advertise_url to one under which routers reach this node",
+                    )
+                ],
+            )
+        return self

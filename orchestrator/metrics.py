@@ -90,6 +90,12 @@ class NodeMetrics:
             registry=registry,
         )
         self._urgent, self._normal = side.labels("urgent"), side.labels("normal")
+        self.registered = Gauge(
+            "proserve_node_registered",
+            "1 while the node is registered at a router.",
+            ["router"],
+            registry=registry,
+        ).labels
 
     def request_ended(self, reason: FinishReason, *, priority_class: str) -> None:
         """Count a request's end."""

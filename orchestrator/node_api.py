@@ -20,6 +20,7 @@ from orchestrator.core.ports import RequestEvent
 from orchestrator.core.request import FinishReason
 from orchestrator.executor_client import ExecutorClient
 from orchestrator.metrics import NodeMetrics
+from orchestrator.registrar import Registrar
 from orchestrator.wire import (
     EngineReady,
     ErrorBody,
@@ -47,6 +48,9 @@ class NodeService:
     def __init__(
         self, endpoint_id: str, executor_command: Sequence[str], *, stall_timeout_s: float
     ) -> None:
+        self.registrar: Registrar | None = None
+        """Where routers are told of this node; set before it starts, if at all."""
+
         self.endpoint_id = endpoint_id
         self.instance_id = uuid.uuid4().hex
         self.metrics = NodeMetrics()
@@ -117,6 +121,27 @@ class NodeService:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(news.wait(), SNAPSHOT_HEARTBEAT_S)
             await asyncio.sleep(SNAPSHOT_PAUSE_S)
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Run the executor process, and be registered once its engine is loaded."""
+        async with self.executor, contextlib.AsyncExitStack() as stack:
+            if self.registrar is not None:
+                stack.push_async_callback(self.registrar.close)
+                registering = asyncio.create_task(self._register_once_loaded(self.registrar))
+                stack.callback(registering.cancel)
+            yield
+
+    async def drain(self) -> None:
+        """Finish what runs and refuse what comes."""
+        await self.executor.drain()
+        if self.registrar is not None:
+            await self.registrar.leave()
+
+    async def _register_once_loaded(self, registrar: Registrar) -> None:
+        await self.executor.wait_until_loaded()
+        if not self.executor.has_failed and not self.executor.is_draining:
+            registrar.start()
 
     async def _counted(
         self, generated: AsyncGenerator[RequestEvent], *, priority_class: str
@@ -197,10 +222,11 @@ def create_node_app(service: NodeService) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with service.executor:
+        async with service.running():
             yield
 
     app = FastAPI(title="ProServe node", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.begin_shutdown = service.drain
     app.state.end_open_requests = lambda: service.executor.end_streams("the node is shutting down")
 
     @app.exception_handler(RequestRejected)
@@ -244,7 +270,7 @@ def create_node_app(service: NodeService) -> FastAPI:
 
     @app.post("/v1/drain")
     async def drain() -> Response:
-        await service.executor.drain()
+        await service.drain()
         return _json({"open_requests": service.executor.num_streams})
 
     @app.get("/health")

@@ -14,7 +14,15 @@ HTTP service of a node:
     GET  /health             200 {"status": "ready"}, or 503 with a reason
     GET  /metrics            Prometheus text
 
-Errors are answered as ErrorBody with a 4xx or 5xx status. Clocks are never compared across
+HTTP service of a router, for nodes that register themselves; both want the header
+`Authorization: Bearer SECRET`:
+
+    POST   /internal/v1/nodes        body NodeRegistration; answers NodeLease. Registers the node,
+                                     or renews its lease.
+    DELETE /internal/v1/nodes/{endpoint_id}?instance_id=...
+                                     the node is not to be used any more; 204
+
+A node's errors are answered as ErrorBody with a 4xx or 5xx status. Clocks are never compared across
 machines: a request carries the seconds already spent on it, not a point in time.
 """
 
@@ -141,6 +149,24 @@ class NodeSnapshot(msgspec.Struct, frozen=True):
     """Deadlines are counted from the moment of the engine's report."""
 
     is_draining: bool
+
+
+class NodeRegistration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of POST /internal/v1/nodes: a node says where it is."""
+
+    endpoint_id: str
+    instance_id: str
+    """Of the process, as in `NodeDescription`."""
+
+    url: str
+    """Under which the router reaches it."""
+
+
+class NodeLease(msgspec.Struct, frozen=True):
+    """Answer to a registration."""
+
+    lease_s: float
+    """The router forgets the node after this long without another registration."""
 
 
 class AddRequest(msgspec.Struct, frozen=True, tag=True):

@@ -40,6 +40,7 @@ from router.node_client import NodeClient
 from router.open_requests import OpenRequests
 from router.openapi import openapi_document
 from router.outlook import FleetOutlook
+from router.registration import Registrations, add_registration_routes
 from router.responses import (
     AnswerFormat,
     ChatFormat,
@@ -81,6 +82,9 @@ class RouterService:
             connect_timeout_s=config.connect_timeout_s, stall_timeout_s=config.stall_timeout_s
         )
         self.pool = EndpointPool(config, self.client, clock, self.metrics)
+        self.registrations: Registrations | None = None
+        if config.registration is not None:
+            self.registrations = Registrations(config.registration, self.pool, clock, self.metrics)
         self.directory = _directory(config, clock, self.metrics)
         self._everybody = Client.everybody(
             ServiceTerms.of_everybody(config.classes, default_class=config.default_class)
@@ -122,10 +126,14 @@ class RouterService:
         else:
             await self.directory.start()
         await self.pool.start()
+        if self.registrations is not None:
+            await self.registrations.start()
 
     async def stop(self) -> None:
         """End what `start` began, and all connections."""
         await self.kept_answers.close()
+        if self.registrations is not None:
+            await self.registrations.stop()
         await self.pool.stop()
         if self.directory is not None:
             await self.directory.stop()
@@ -230,7 +238,7 @@ def create_app(
 
     Raises:
         EngineDirectoryError: the engine directory has no usable tokenizer.
-        ConfigError: the clients file cannot be read or has mistakes.
+        ConfigError: the clients file or the nodes' secret cannot be read or has mistakes.
     """
     service = RouterService(
         config,
@@ -255,6 +263,8 @@ def create_app(
     _add_generation_routes(app, service)
     _add_tokenizer_routes(app, service)
     _add_information_routes(app, service)
+    if service.registrations is not None:
+        add_registration_routes(app, service.registrations)
     _add_error_handlers(app)
     return app
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ByteSize,
     ConfigDict,
@@ -20,6 +18,7 @@ from pydantic import (
 )
 
 from orchestrator.core.slo import PriorityClass, Slo
+from orchestrator.peers import SecretConfig, ServiceUrl
 from orchestrator.yaml_config import Problem, problems_error
 from router.health import BreakerRules
 from router.retries import RetryRules
@@ -28,17 +27,6 @@ from router.schema import ObjectiveMs
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
 """Ends up in log lines, metric labels and headers."""
-
-
-def _check_node_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise ValueError(f"{url!r} is not a node address, write it as http://HOST:PORT")
-    if parts.path.strip("/") or parts.query or parts.fragment or parts.username:
-        raise ValueError(
-            f"{url!r} has more than scheme, host and port; write it as http://HOST:PORT"
-        )
-    return url.rstrip("/")
 
 
 class ServiceClassConfig(BaseModel):
@@ -78,7 +66,7 @@ class EndpointConfig(BaseModel):
     endpoint_id: Name
     """The id that the node itself gives; a node with another id behind the address is not used."""
 
-    url: Annotated[str, AfterValidator(_check_node_url)]
+    url: ServiceUrl
     """Address of the node's HTTP service, as http://HOST:PORT."""
 
 
@@ -167,6 +155,17 @@ class ToolCallsConfig(BaseModel):
     this. `none` refuses tools."""
 
 
+class RegistrationConfig(SecretConfig):
+    """Nodes may register themselves, if they know a secret."""
+
+    lease_s: Annotated[FiniteFloat, Field(ge=1, le=3600)] = 10.0
+    """A node that has not renewed its registration for this long is forgotten. Nodes renew it
+    three times as often."""
+
+    max_nodes: PositiveInt = 256
+    """Registered nodes at most; those of the configuration do not count."""
+
+
 # Neighbouring classes are worth 2 to 1, as in the open traces of ProServe (arXiv 2512.12928);
 # the objectives of `high` are those that xLLM ships, the others relax them.
 DEFAULT_CLASSES = (
@@ -250,6 +249,9 @@ class RouterSettings(RoutingConfig):
     idempotency: IdempotencyConfig = IdempotencyConfig()
     """What is kept of the answers to requests with an `Idempotency-Key`."""
 
+    registration: RegistrationConfig | None = None
+    """Whether nodes may register themselves. None: there are only those of the configuration."""
+
     @property
     def class_weights(self) -> dict[str, float]:
         """Return the weight of each service class."""
@@ -304,11 +306,17 @@ class RouterConfig(RouterSettings):
     model: Name
     """Name under which the model is served; nodes that serve another name are not used."""
 
-    nodes: Annotated[tuple[EndpointConfig, ...], Field(min_length=1)]
-    """Where requests may be sent."""
+    nodes: tuple[EndpointConfig, ...] = ()
+    """Where requests may be sent. Nodes that register themselves come on top; without
+    `registration` there must be at least one."""
 
     @model_validator(mode="after")
     def _check_nodes(self) -> Self:
+        if not self.nodes and self.registration is None:
+            raise ValueError(
+                "nodes is empty and there is no registration, so there would never be a node; "
+                "list nodes, or set registration"
+            )
         _check_unique("nodes", [n.endpoint_id for n in self.nodes])
         return self
 

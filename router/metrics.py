@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache, partial
 from itertools import accumulate
 
@@ -176,7 +177,7 @@ class RouterMetrics:
             "First tokens of sequences sent to a node, by what the routing policy expected and by "
             "what came: in_time or late.",
             ("predicted", "actual"),
-            registry=registry,
+            registry=self._registry,
         )
         self.first_tokens_predicted = cache(self._first_tokens_predicted.labels)
         self._declare_endpoint_metrics()
@@ -206,6 +207,20 @@ class RouterMetrics:
             ("endpoint_id",),
             registry=self._registry,
         )
+        self._rendered_endpoints: set[str] = set()
+        """Those that the last scrape was told of: nodes may come and go."""
+
+        self.registered_nodes = Gauge(
+            "proserve_router_registered_nodes",
+            "Nodes that have registered themselves and whose lease lasts.",
+            registry=self._registry,
+        )
+        self.registrations = Counter(
+            "proserve_router_registrations_total",
+            "Registered nodes that came and went: joined, left, or expired.",
+            ("event",),
+            registry=self._registry,
+        ).labels
 
     def _declare_client_metrics(self) -> None:
         """Declare what is counted by client; only names of the clients file become labels."""
@@ -276,6 +291,11 @@ class RouterMetrics:
         sequences have no token yet; each node has `num_sequences` that have not ended.
         """
         self._waiting.set(num_waiting)
+        for endpoint_id in self._rendered_endpoints - obstacles.keys():
+            with suppress(KeyError):  # another scrape was faster
+                self._endpoint_usable.remove(endpoint_id)
+                self._endpoint_sequences.remove(endpoint_id)
+        self._rendered_endpoints = set(obstacles)
         for endpoint_id, number in (num_sequences or {}).items():
             self._endpoint_sequences.labels(endpoint_id).set(number)
         for endpoint_id, obstacle in obstacles.items():

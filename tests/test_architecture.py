@@ -31,7 +31,13 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "orchestrator.sampling",
         "engines",
     ),
-    "router": ("orchestrator.core", "orchestrator.wire", "orchestrator.yaml_config", "router"),
+    "router": (
+        "orchestrator.core",
+        "orchestrator.peers",
+        "orchestrator.wire",
+        "orchestrator.yaml_config",
+        "router",
+    ),
     "build_scripts": (
         "orchestrator.core",
         "orchestrator.sampling",

@@ -57,6 +57,8 @@ def node(file: ConfigFile, *, die_with_parent: DieWithParent = False) -> None:
     from orchestrator.command_line.logs import configure_logging
     from orchestrator.config import NodeConfig
     from orchestrator.node_api import NodeService, create_node_app
+    from orchestrator.registrar import Registrar
+    from orchestrator.wire import NodeRegistration
     from orchestrator.yaml_config import load_yaml_model
 
     if die_with_parent:
@@ -69,6 +71,13 @@ def node(file: ConfigFile, *, die_with_parent: DieWithParent = False) -> None:
         (*executor, config.model_dump_json()),
         stall_timeout_s=config.stall_timeout_s,
     )
+    if config.registration is not None:
+        service.registrar = Registrar(
+            NodeRegistration(config.endpoint_id, service.instance_id, config.advertised_url()),
+            config.registration.router_urls,
+            config.registration.read_secret(),
+            service.metrics,
+        )
     raise typer.Exit(
         processes.serve_http(create_node_app(service), host=config.host, port=config.port)
     )

@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import NoReturn
 
 import uvicorn
@@ -40,14 +40,22 @@ def become(command: Sequence[str]) -> NoReturn:
 
 
 class _GracefulServer(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, end_open_requests: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        begin_shutdown: Callable[[], Awaitable[None]] | None,
+        end_open_requests: Callable[[], None],
+    ) -> None:
         super().__init__(config)
+        self._begin_shutdown = begin_shutdown
         self._end_open_requests = end_open_requests
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
         timer = loop.call_later(DRAIN_GRACE_S, self._end_open_requests)
         try:
+            if self._begin_shutdown is not None:
+                await self._begin_shutdown()
             await super().shutdown(sockets)
         finally:
             timer.cancel()
@@ -60,7 +68,8 @@ def serve_http(
 
     `protocol` is for HTTP/1.1; None takes uvicorn's own, for those whose clients are trusted.
 
-    Those that have not ended by themselves when the grace is over are ended through
+    First `app.state.begin_shutdown` is called, if there is one, while new requests are still
+    answered. Those that have not ended by themselves when the grace is over are ended through
     `app.state.end_open_requests`, so that every client hears how its request ended.
     """
     # uvicorn raises the signal again when it has shut down; by then it has been obeyed.
@@ -78,6 +87,7 @@ def serve_http(
             access_log=False,
             timeout_graceful_shutdown=int(DRAIN_GRACE_S) + CUT_GRACE_S,
         ),
+        getattr(app.state, "begin_shutdown", None),
         app.state.end_open_requests,
     )
     # What is loaded by now stays. Looking through it for garbage takes a router 55 ms each time

@@ -191,3 +191,28 @@ def test_host_blocks_that_nobody_could_use_again_are_refused(tmp_path: Path) -> 
 
     with pytest.raises(ConfigError, match=r"block_reuse is false.*set block_reuse, or leave"):
         load(tmp_path, text)
+
+
+REGISTRATION = "registration: {router_urls: [http://router:8000], secret_file: secret"
+
+
+@pytest.mark.parametrize(
+    ("host", "more", "url"),
+    [
+        ("10.0.0.7", "}", "http://10.0.0.7:8101"),
+        ("'fd00::7'", "}", "http://[fd00::7]:8101"),
+        ("0.0.0.0", ", advertise_url: http://gpu-7:8101/}", "http://gpu-7:8101"),
+    ],
+)
+def test_a_node_is_advertised_where_it_listens_or_where_it_says(
+    tmp_path: Path, host: str, more: str, url: str
+) -> None:
+    config = load(tmp_path, f"{NODE}host: {host}\n{REGISTRATION}{more}\n")
+
+    assert config.advertised_url() == url
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "'::'"])
+def test_a_node_that_listens_everywhere_has_to_say_where_it_is(tmp_path: Path, host: str) -> None:
+    with pytest.raises(ConfigError, match=r"no address to come to; set registration.advertise_url"):
+        load(tmp_path, f"{NODE}host: {host}\n{REGISTRATION}}}\n")

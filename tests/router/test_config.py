@@ -41,7 +41,7 @@ def test_a_node_address_loses_its_last_slash() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        pytest.param({"nodes": []}, "at least 1", id="no nodes"),
+        pytest.param({"nodes": []}, "nodes is empty and there is no registration", id="no nodes"),
         pytest.param({"nodes": VALID["nodes"] * 2}, "nodes: each may be listed once", id="twice"),
         pytest.param({"default_class": "vip"}, "must be one of the classes", id="default class"),
         pytest.param({"max_snapshot_age_s": 0.1}, "must exceed", id="age below poll interval"),
@@ -80,3 +80,9 @@ def test_every_field_is_explained() -> None:
     for model in (RouterConfig, EndpointConfig, ServiceClassConfig):
         for name, field in model.model_fields.items():
             assert field.description, f"{model.__name__}.{name}"
+
+
+def test_a_router_may_have_only_nodes_that_register() -> None:
+    settings = VALID | {"nodes": [], "registration": {"secret_file": "secret"}}
+
+    assert RouterConfig.model_validate(settings).nodes == ()

@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from orchestrator.command_line.config_reference import description, fields_of, models, render
 from orchestrator.command_line.deployment import DeploymentConfig
+from orchestrator.config import NodeConfig
 from orchestrator.scheduler_config import SlideBatchingSection
 from orchestrator.yaml_config import load_yaml_model
+from router.config import RouterConfig
 
 ROOT = Path(__file__).parents[3]
 
@@ -38,3 +41,11 @@ def test_shipped_deployments_are_valid(path: Path) -> None:
     written = yaml.safe_load(path.read_text())
     in_groups = sum(group["num_nodes"] for group in written.get("node_groups", []))
     assert len(config.placed_nodes()) == len(written.get("nodes", [])) + in_groups
+
+
+@pytest.mark.parametrize(("folder", "model"), [("routers", RouterConfig), ("nodes", NodeConfig)])
+def test_shipped_routers_and_nodes_are_valid(folder: str, model: type[BaseModel]) -> None:
+    paths = sorted((ROOT / "configs" / folder).glob("*.yaml"))
+
+    assert paths
+    assert [type(load_yaml_model(path, model)) for path in paths] == [model] * len(paths)
