@@ -8,6 +8,10 @@ or stopped for a while. Three quarters of the requests are greedy, the others ar
 seed; one client in ten reads slowly. What counts: how many requests complete, and how many texts
 are those of the calm run. It is `tests/integration/test_chaos.py` for longer.
 
+With `--router-restarts` the router is killed too, each time a tenth of the answers are complete.
+Clients then send idempotency keys, and repeat a request until its answer is whole; the drawn
+answers name no seed.
+
 A few seeded texts may differ without any fault: floating-point sums depend on the batch that a
 token was computed in, and a draw that falls between two tokens to the seventh digit then takes
 the other one. So may, less often, a greedy text with two tokens equally likely to the last digit.
@@ -32,8 +36,14 @@ from typing import Any
 import openai
 
 from benchmarks.shared.reporting import argument_parser, report
-from tests.integration.chaos import Answer, ask, chaos_deployment, running_nodes
-from tests.integration.deployments import Deployment, running
+from tests.integration.chaos import (
+    Answer,
+    ask,
+    ask_until_whole,
+    chaos_deployment,
+    running_nodes,
+)
+from tests.integration.deployments import Deployment, running, until
 
 ENGINE_DIR = Path(__file__).parents[1] / "built_engines/smollm2-135m"
 CONCURRENCY = 16
@@ -57,20 +67,49 @@ class Client:
     index: int
     is_seeded: bool
     is_slow: bool
+    has_key: bool
 
     @property
     def parameters(self) -> dict[str, Any]:
         """Return its sampling parameters."""
-        return {"temperature": 0.8, "seed": self.index} if self.is_seeded else {}
+        if not self.is_seeded:
+            return {}
+        return {"temperature": 0.8} | ({} if self.has_key else {"seed": self.index})
 
 
-def make_clients(count: int) -> list[Client]:
+def make_clients(count: int, *, have_keys: bool) -> list[Client]:
     """Return them in order: every fourth seeded, every tenth slow."""
-    return [Client(i, is_seeded=i % 4 == 3, is_slow=i % 10 == 5) for i in range(count)]
+    return [
+        Client(i, is_seeded=i % 4 == 3, is_slow=i % 10 == 5, has_key=have_keys)
+        for i in range(count)
+    ]
+
+
+class RouterKiller:
+    """Kills the router each time so many answers have become complete: at a pace in time, a slow
+    machine would not get to the end of any."""
+
+    def __init__(self, deployment: Deployment, *, every_answers: int) -> None:
+        self._deployment = deployment
+        self._every_answers = every_answers
+        self._num_answers = 0
+        self.num_kills = 0
+
+    def note_answer(self) -> None:
+        """An answer is complete."""
+        self._num_answers += 1
+        if self._num_answers % self._every_answers == 0:
+            with contextlib.suppress(ValueError):  # it is being started
+                os.kill(self._deployment.router_pid(), signal.SIGKILL)
+                self.num_kills += 1
 
 
 async def run(
-    openai_client: openai.AsyncOpenAI, clients: Sequence[Client], *, with_slow_ones: bool
+    openai_client: openai.AsyncOpenAI,
+    clients: Sequence[Client],
+    *,
+    with_slow_ones: bool,
+    router_killer: RouterKiller | None = None,
 ) -> list[Answer | str]:
     """Return each client's answer, or the error that it got instead."""
     at_once = asyncio.Semaphore(CONCURRENCY)
@@ -80,15 +119,20 @@ async def run(
             if with_slow_ones and client.is_slow:
                 await asyncio.sleep(SLOW_EVENT_S)
 
+        asked: dict[str, Any] = {
+            "max_tokens": MAX_TOKENS,
+            "on_event": linger,
+            **client.parameters,
+        }
         async with at_once:
             try:
-                return await ask(
-                    openai_client,
-                    client.index,
-                    max_tokens=MAX_TOKENS,
-                    on_event=linger,
-                    **client.parameters,
-                )
+                if client.has_key:
+                    key = f"chaos-{client.index}"
+                    answer, _ = await ask_until_whole(openai_client, client.index, key, **asked)
+                    if router_killer is not None:
+                        router_killer.note_answer()
+                    return answer
+                return await ask(openai_client, client.index, **asked)
             except openai.APIError as error:
                 return str(error)
 
@@ -122,9 +166,11 @@ async def _continue_later(pid: int) -> None:
             os.kill(pid, signal.SIGCONT)
 
 
-async def measure(deployment: Deployment, num_requests: int) -> dict[str, Any]:
+async def measure(
+    deployment: Deployment, num_requests: int, *, kills_routers: bool
+) -> dict[str, Any]:
     """Run both passes and return the figures."""
-    clients = make_clients(num_requests)
+    clients = make_clients(num_requests, have_keys=kills_routers)
     faults: Counter[str] = Counter()
     async with openai.AsyncOpenAI(
         base_url=f"{deployment.url}/v1", api_key="unused", max_retries=0, timeout=600
@@ -134,9 +180,13 @@ async def measure(deployment: Deployment, num_requests: int) -> dict[str, Any]:
             sys.exit(f"the calm run failed: {failed[0]}")
         started_s = time.monotonic()
         disturbing = asyncio.create_task(disturb(deployment, faults, seed=1))
-        answers = await run(openai_client, clients, with_slow_ones=True)
+        router_killer = RouterKiller(deployment, every_answers=max(4, num_requests // 10))
+        answers = await run(
+            openai_client, clients, with_slow_ones=True, router_killer=router_killer
+        )
         disturbing.cancel()
         await asyncio.wait({disturbing})
+    await asyncio.to_thread(until, deployment.has_healthy_router, "the router is back")
     errors = [answer for answer in answers if isinstance(answer, str)]
     identical = [a == b for a, b in zip(answers, calm, strict=True)]
     return {
@@ -154,6 +204,8 @@ async def measure(deployment: Deployment, num_requests: int) -> dict[str, Any]:
         },
         "num_kills": faults["kill"],
         "num_stops": faults["stop"],
+        "num_router_kills": router_killer.num_kills,
+        # By the last router alone.
         "num_resumed_after_tokens": _retries(deployment, after_tokens="true"),
         "num_retried_before_tokens": _retries(deployment, after_tokens="false"),
         "disturbed_s": round(time.monotonic() - started_s, 1),
@@ -170,12 +222,15 @@ def main() -> None:
     """Run the benchmark."""
     parser = argument_parser(__doc__)
     parser.add_argument("--num-requests", type=int, default=300)
+    parser.add_argument("--router-restarts", action="store_true", help="kill the router too")
     arguments = parser.parse_args()
     num_requests = 24 if arguments.quick else arguments.num_requests
     with tempfile.TemporaryDirectory(prefix="proserve-chaos-") as directory:
         path = chaos_deployment(Path(directory), ENGINE_DIR, **SETTINGS)
         with running(path) as deployment:
-            figures = asyncio.run(measure(deployment, num_requests))
+            figures = asyncio.run(
+                measure(deployment, num_requests, kills_routers=arguments.router_restarts)
+            )
     report(figures, file_name=arguments.json)
 
 

@@ -215,9 +215,10 @@ class RouterService:
         """
         record: RequestRecord = request.state.record
         client = self.take_request(request)
-        sender = Sender(client, request.headers, record.arrival_s)
         content = await self.read(request)
         key = request_key(request, content, client_name=client.name)
+        seed_source = key and key.seed_source
+        sender = Sender(client, request.headers, record.arrival_s, seed_source)
         if key is None:
             return await begin(content, sender)
         kept = self.kept_answers.find(key, record)

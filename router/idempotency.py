@@ -2,7 +2,8 @@
 
 The answer is made behind the clients' backs and recorded; whoever sends the key, first or again,
 reads the record from its beginning and follows it while it grows. So a client that lost its
-connection finds its answer, or the rest of it, without a second generation.
+connection finds its answer, or the rest of it, without a second generation. A router that was
+started anew has no record and makes the answer once more, with the same seeds.
 """
 
 from __future__ import annotations
@@ -48,6 +49,15 @@ class RequestKey:
 
     content_digest: bytes
     """Of everything that the answer depends on."""
+
+    @property
+    def seed_source(self) -> bytes:
+        """What seeds are made of for a request that names none.
+
+        Drawn from the key, they are the same in a router that was started anew and has nothing
+        recorded: the answer made there goes on as the one that was cut off.
+        """
+        return self.owner_digest + self.content_digest
 
 
 def request_key(request: Request, content: bytes, *, client_name: str | None) -> RequestKey | None:

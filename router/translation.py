@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import TypeVar
 
 from starlette.datastructures import Headers
@@ -67,6 +68,8 @@ class Sender:
     client: Client
     headers: Headers
     arrival_s: float
+    seed_source: bytes | None
+    """What the seeds are made of if the request names none; None leaves them to chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +241,7 @@ class Translator:
             wanted.grammar, field=form_field(body) if wanted.tools is None else "tools"
         )
         make_sampling = self._shared_sampling(body, wanted)
+        make_seed = partial(sequence_seed, body.seed, sender.seed_source)
         return GenerationPlan(
             model=body.model,
             priority_class=priority_class,
@@ -249,11 +253,10 @@ class Translator:
                     prompt,
                     make_sampling(
                         max_tokens=self._max_tokens(prompt, wanted.max_tokens, body),
-                        seed=choice_seed(body.seed, choice),
+                        seed=make_seed(index, choice),
                     ),
                 )
-                for prompt in prompts
-                for choice in range(num_choices)
+                for index, (prompt, choice) in enumerate(product(prompts, range(num_choices)))
             ),
             num_prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
             max_wait_s=self._config.default_max_wait_s if wait_s is None else wait_s,
@@ -385,18 +388,22 @@ def _stream_options(body: GenerationBody) -> StreamOptions:
     return options
 
 
-def choice_seed(seed: int | None, choice: int) -> int:
-    """Return the seed of one of a prompt's answers.
+def sequence_seed(seed: int | None, source: bytes | None, index: int, choice: int) -> int:
+    """Return the seed of one of a request's answers.
 
-    The first answer takes the client's seed itself, so that it does not depend on `n`; the
-    others take a hash of seed and number. Without a seed each answer gets a random one.
+    The first answer to a prompt takes the client's seed itself, so that it does not depend on
+    `n`; the others take a hash of seed and number. Without a seed each takes a hash of `source`
+    and of its index among all answers, or without a source a random one.
     """
-    if seed is None:
-        return secrets.randbelow(MAX_SEED + 1)
-    if choice == 0:
+    if seed is not None and choice == 0:
         return seed
-    digest = hashlib.blake2b(b"%d/%d" % (seed, choice), digest_size=8).digest()
-    return int.from_bytes(digest) & MAX_SEED
+    if seed is not None:
+        material = b"%d/%d" % (seed, choice)
+    elif source is not None:
+        material = b"%b/%d" % (source, index)
+    else:
+        return secrets.randbelow(MAX_SEED + 1)
+    return int.from_bytes(hashlib.blake2b(material, digest_size=8).digest()) & MAX_SEED
 
 
 def model_not_found(asked: str, *, served: str) -> Refused:

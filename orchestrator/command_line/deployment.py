@@ -39,26 +39,26 @@ def local_url(host: str, port: int) -> str:
 
 
 class RestartConfig(BaseModel):
-    """What is done about a node that ends."""
+    """What is done about a node, or the router, that ends."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     max_restarts: NonNegativeInt = 5
-    """How often a node is started again within `window_s`; if it ends once more, it stays down.
+    """How often each is started again within `window_s`; if it ends once more, it stays down.
     0 starts none again."""
 
     window_s: PositiveFloat = 300.0
     """Ends that are longer ago are forgotten."""
 
     first_pause_s: PositiveFloat = 0.5
-    """Pause before a node is started again; twice as long for each further end in the window."""
+    """Pause before it is started again; twice as long for each further end in the window."""
 
     max_pause_s: PositiveFloat = 30.0
     """Longest such pause."""
 
     max_unhealthy_s: PositiveFloat = 90.0
     """A node whose health check has not succeeded for this long is killed and started again, for
-    example because it is stopped or its engine hangs."""
+    example because it is stopped or its engine hangs; of the router any answer will do."""
 
 
 class RouterSection(RouterSettings):
@@ -179,7 +179,7 @@ class DeploymentConfig(BaseModel):
     """Nodes that are the same but for their names and ports."""
 
     restarts: RestartConfig = RestartConfig()
-    """What is done about a node that ends."""
+    """What is done about a node, or the router, that ends."""
 
     kubernetes: KubernetesConfig = KubernetesConfig()
     """What only Kubernetes has to be told."""

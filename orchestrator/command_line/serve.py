@@ -64,16 +64,15 @@ async def serve(config: DeploymentConfig, *, start_timeout_s: float, console: Co
         ready.result()
         greeting = _greeting(url, router_config, time.monotonic() - started_s)
         console.print(greeting, soft_wrap=True, highlight=False)
-        supervising = [
-            asyncio.create_task(
-                keep_running(
-                    node, config.restarts, start_timeout_s=start_timeout_s, announce=announce
-                )
-            )
-            for node in nodes
-        ]
+        keep = partial(
+            keep_running,
+            config=config.restarts,
+            start_timeout_s=start_timeout_s,
+            announce=announce,
+        )
+        supervising = [asyncio.create_task(keep(service)) for service in [router, *nodes]]
         stack.push_async_callback(_cancel, supervising)
-        ended = await _wait_for_end(supervising, router, stopping)
+        ended = await _wait_for_end(supervising[0], supervising[1:], stopping)
         if ended is not None:
             announce(f"{ended}; stopping")
             return 1
@@ -118,7 +117,7 @@ def _service(
     path.write_text(json.dumps(config.model_dump(mode="json")))
     main = (sys.executable, "-m", "orchestrator.command_line.main")
     arguments = (*main, command, str(path), "--die-with-parent")
-    return Service(name, url, arguments, environment)
+    return Service(name, url, arguments, environment, needs_others=command == "router")
 
 
 async def _wait_until_healthy(services: Sequence[Service], timeout_s: float) -> None:
@@ -132,21 +131,23 @@ async def _wait_until_healthy(services: Sequence[Service], timeout_s: float) -> 
 
 
 async def _wait_for_end(
-    supervising: Sequence[asyncio.Task[None]], router: Service, stopping: asyncio.Future[None]
+    keeping_router: asyncio.Task[None],
+    keeping_nodes: Sequence[asyncio.Task[None]],
+    stopping: asyncio.Future[None],
 ) -> str | None:
     """Return None when told to stop, or what has ended that cannot be done without."""
-    watching = asyncio.create_task(router.wait_for_end())
-    no_node_left = asyncio.create_task(_wait_for_all(supervising))
+    no_node_left = asyncio.create_task(_wait_for_all(keeping_nodes))
     try:
-        await _first_of(stopping, watching, no_node_left)
+        await _first_of(stopping, keeping_router, no_node_left)
         if stopping.done():
             return None
-        if watching.done():
-            return f"router {watching.result()}, its log above says why"
+        if keeping_router.done():
+            keeping_router.result()
+            return "the router stays down"
         no_node_left.result()
         return "no node is left"
     finally:
-        await _cancel([watching, no_node_left])
+        await _cancel([no_node_left])
 
 
 async def _wait_for_all(tasks: Sequence[asyncio.Task[None]]) -> None:

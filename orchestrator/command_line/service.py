@@ -7,7 +7,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import httpx
@@ -40,8 +40,12 @@ class Service:
         url: str,
         command: Sequence[str],
         environment: Mapping[str, str] = MappingProxyType({}),
+        *,
+        needs_others: bool = False,
     ) -> None:
-        """`environment` is what the process has on top of ours."""
+        """`environment` is what the process has on top of ours. One that `needs_others` is as
+        healthy as they are: a router without nodes answers 503 and is none the worse for it."""
+        self._needs_others = needs_others
         self.name = name
         self.url = url
         self._command = tuple(command)
@@ -79,6 +83,19 @@ class Service:
         Raises:
             StartFailed: it ended, will never be healthy, or is not within `timeout_s`.
         """
+        await self._wait_until(self._is_healthy, timeout_s)
+
+    async def wait_until_well(self, timeout_s: float) -> None:
+        """Return when nothing is wrong with the service itself, others aside.
+
+        Raises:
+            StartFailed: as `wait_until_healthy`.
+        """
+        await self._wait_until(self._is_well, timeout_s)
+
+    async def _wait_until(
+        self, is_reached: Callable[[httpx.Response], bool], timeout_s: float
+    ) -> None:
         deadline_s = time.monotonic() + timeout_s
         reason = "it does not answer"
         async with httpx.AsyncClient(timeout=HEALTH_TIMEOUT_S) as client:
@@ -93,7 +110,7 @@ class Service:
                     )
                 answer = await self._check(client)
                 if answer is not None:
-                    if answer.status_code == httpx.codes.OK:
+                    if is_reached(answer):
                         return
                     if _is_final(answer):
                         raise StartFailed(f"{self.name} cannot start: {_message(answer)}")
@@ -104,7 +121,7 @@ class Service:
         """Return, once the service will not serve any more, what has become of it.
 
         Its process has ended, or says that it will never be healthy again, or has not been
-        healthy for `max_unhealthy_s`.
+        well for `max_unhealthy_s`.
         """
         process = self._running()
         healthy_at_s = time.monotonic()
@@ -116,13 +133,19 @@ class Service:
                 if process.returncode is not None:
                     return f"ended with status {process.returncode}"
                 answer = await self._check(client)
-                if answer is not None and answer.status_code == httpx.codes.OK:
+                if answer is not None and self._is_well(answer):
                     healthy_at_s = time.monotonic()
                 elif answer is not None and _is_final(answer):
                     return f"cannot serve any more: {_message(answer)}"
                 elif time.monotonic() - healthy_at_s > max_unhealthy_s:
                     reason = "it does not answer" if answer is None else answer.text
                     return f"has not been healthy for {max_unhealthy_s:g} s: {reason}"
+
+    def _is_healthy(self, answer: httpx.Response) -> bool:
+        return answer.status_code == httpx.codes.OK
+
+    def _is_well(self, answer: httpx.Response) -> bool:
+        return self._is_healthy(answer) or (self._needs_others and not _is_final(answer))
 
     async def _check(self, client: httpx.AsyncClient) -> httpx.Response | None:
         with contextlib.suppress(httpx.TransportError):

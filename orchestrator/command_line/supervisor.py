@@ -49,7 +49,7 @@ async def keep_running(
             await asyncio.sleep(pause_s)
             await service.start()
             try:
-                await service.wait_until_healthy(start_timeout_s)
+                await service.wait_until_well(start_timeout_s)
             except StartFailed as error:
                 end = f"did not come back: {error}"
             else:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 
 from tests.integration.deployments import Deployment, write_deployment
@@ -24,9 +26,15 @@ NUM_NODES = 3
 SETTINGS: dict[str, Any] = {
     "engine": {"device_kv_bytes": "128MiB", "num_threads": 1},
     "restarts": {"max_restarts": 10_000, "first_pause_s": 0.1, "max_pause_s": 0.1},
-    "router": {"max_attempts": 50, "stall_timeout_s": 5.0},
+    "router": {
+        "max_attempts": 50,
+        "stall_timeout_s": 5.0,
+        "idempotency": {"keep_s": 0.01},
+    },
 }
-"""Nodes come back as fast and as often as it takes; so may requests be sent on."""
+"""Nodes come back as fast and as often as it takes; so may requests be sent on. Answers to requests
+with a key are made anew when the request is repeated later, as they are behind a router that was
+started anew."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +48,15 @@ class Answer:
     finish_reason: str | None
 
 
+RETRY_PAUSE_S = 0.2
+"""Before a client repeats a request whose answer it has not got to the end."""
+
 OnEvent = Callable[[], Awaitable[None]]
 """Called when a client has received something, before it reads on."""
 
 
-async def _go_on() -> None:
-    pass
+async def go_on() -> None:
+    """Do nothing."""
 
 
 def chaos_deployment(directory: Path, engine_dir: Path, **changes: Any) -> Path:
@@ -58,7 +69,7 @@ async def ask(
     index: int,
     *,
     max_tokens: int,
-    on_event: OnEvent = _go_on,
+    on_event: OnEvent = go_on,
     **parameters: Any,
 ) -> Answer:
     """Stream one completion of as many tokens as asked for, by default greedy, to its end."""
@@ -81,13 +92,45 @@ async def ask(
     return Answer(text, num_tokens, finish_reason)
 
 
+async def ask_until_whole(
+    client: openai.AsyncOpenAI,
+    index: int,
+    key: str,
+    *,
+    max_tokens: int,
+    on_event: OnEvent = go_on,
+    **parameters: Any,
+) -> tuple[Answer, int]:
+    """Send a request with an idempotency key, again and again while the router or its nodes are
+    away, until its answer is complete; return it, and how often it was sent."""
+    for num_sent in itertools.count(1):
+        try:
+            answer = await ask(
+                client,
+                index,
+                max_tokens=max_tokens,
+                on_event=on_event,
+                extra_headers={"Idempotency-Key": key},
+                **parameters,
+            )
+        except (openai.APIConnectionError, httpx.TransportError):
+            pass  # the latter in the middle of a stream
+        except openai.InternalServerError as error:
+            if error.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                raise
+        else:
+            return answer, num_sent
+        await asyncio.sleep(RETRY_PAUSE_S)
+    raise AssertionError("unreachable")
+
+
 async def ask_all(
     client: openai.AsyncOpenAI,
     count: int,
     *,
     max_tokens: int,
     concurrency: int,
-    on_event: OnEvent = _go_on,
+    on_event: OnEvent = go_on,
 ) -> list[Answer]:
     """Stream this many different completions, so many at a time; return them in order."""
     at_once = asyncio.Semaphore(concurrency)

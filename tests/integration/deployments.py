@@ -51,15 +51,21 @@ class Deployment:
         """Return the process id of a node's HTTP service."""
         return self._pid_with(f"/node-{node}.yaml")
 
+    def router_pid(self) -> int:
+        """Return the process id of the router."""
+        return self._pid_with("/router.yaml")
+
     def children(self) -> list[int]:
         """Return the ids of all processes below the command, deepest first."""
         return _descendants(self.process.pid)
 
     def is_healthy(self, node: int) -> bool:
         """Return whether a node says that it can serve."""
-        with contextlib.suppress(httpx.TransportError):
-            return httpx.get(f"{self.node_urls[node]}/health").status_code == httpx.codes.OK
-        return False
+        return _answers_well(self.node_urls[node])
+
+    def has_healthy_router(self) -> bool:
+        """Return whether the router says that it can serve."""
+        return _answers_well(self.url)
 
     def _pid_with(self, argument: str) -> int:
         (pid,) = [pid for pid in self.children() if argument in _command_line(pid)]
@@ -159,9 +165,12 @@ def is_alive(pid: int) -> bool:
 
 def _is_healthy(deployment: Deployment) -> bool:
     assert deployment.process.poll() is None, deployment.log.read_text()
+    return all(_answers_well(url) for url in [*deployment.node_urls, deployment.url])
+
+
+def _answers_well(url: str) -> bool:
     with contextlib.suppress(httpx.TransportError):
-        urls = [*deployment.node_urls, deployment.url]
-        return all(httpx.get(f"{url}/health").status_code == httpx.codes.OK for url in urls)
+        return httpx.get(f"{url}/health").status_code == httpx.codes.OK
     return False
 
 

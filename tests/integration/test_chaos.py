@@ -5,6 +5,7 @@ Everything is real: `proserve serve`, its processes, the model, OpenAI's client.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
@@ -16,9 +17,12 @@ import pytest
 from tests.integration.chaos import (
     Answer,
     Killer,
+    OnEvent,
     ask,
     ask_all,
+    ask_until_whole,
     chaos_deployment,
+    go_on,
     running_nodes,
 )
 from tests.integration.deployments import Deployment, running, until
@@ -139,3 +143,41 @@ async def test_a_client_that_does_not_read_while_its_node_dies_gets_everything_l
 
     assert killed
     assert disturbed == calm
+
+
+async def test_clients_with_keys_get_their_answers_from_a_router_that_was_killed(
+    trio: Deployment, client: openai.AsyncOpenAI
+) -> None:
+    """Two answers are greedy, two are drawn without a seed. The router dies when a third of their
+    68 events has come. The supervisor starts it again, clients repeat their requests, and their
+    answers begin anew with the tokens of the calm run."""
+    router_pid = trio.router_pid()
+    num_events = 0
+
+    async def ask_four(on_event: OnEvent = go_on) -> list[tuple[Answer, int]]:
+        asking = [
+            ask_until_whole(
+                client,
+                index,
+                f"order-{index}",
+                max_tokens=MAX_TOKENS,
+                on_event=on_event,
+                temperature=float(index % 2),
+            )
+            for index in range(4)
+        ]
+        return list(await asyncio.gather(*asking))
+
+    async def kill_in_the_middle() -> None:
+        nonlocal num_events
+        num_events += 1
+        if num_events == 23:
+            os.kill(router_pid, signal.SIGKILL)
+
+    calm = await ask_four()
+    disturbed = await ask_four(kill_in_the_middle)
+
+    assert [answer for answer, _ in disturbed] == [answer for answer, _ in calm]
+    assert all(a == Answer(a.text, MAX_TOKENS, "length") for a, _ in disturbed)
+    assert max(num_sent for _, num_sent in disturbed) > 1
+    assert trio.router_pid() != router_pid

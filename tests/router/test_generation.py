@@ -18,7 +18,7 @@ from router.errors import Refused
 from router.output_form import asked_grammar
 from router.schema import CompletionBody
 from router.tokenizer import Tokenizer
-from router.translation import choice_seed
+from router.translation import sequence_seed
 from tests.router.conftest import RouterFactory, RunningRouter
 from tests.router.fake_node import FakeNode, Refuse, Step, saying
 from tests.router.servers import http_post
@@ -218,8 +218,8 @@ def test_each_of_n_answers_has_a_seed_of_its_own_derived_from_the_clients(
 
     assert {r.request_id.rsplit("-", 1)[1]: r.sampling.seed for r in node.requests} == {
         "0": 42,
-        "1": choice_seed(42, 1),
-        "2": choice_seed(42, 2),
+        "1": sequence_seed(42, None, 1, 1),
+        "2": sequence_seed(42, b"a key", 7, 2),
     }
     assert len({r.sampling.seed for r in node.requests}) == 3
 

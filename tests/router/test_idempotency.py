@@ -64,6 +64,28 @@ def test_a_repeated_request_gets_the_same_answer_without_another_generation(
     assert router.metric("proserve_router_idempotent_replays_total") == 2
 
 
+def test_a_router_that_was_started_anew_draws_the_same_answers_again(
+    node: FakeNode, start_router: RouterFactory
+) -> None:
+    """Four answers, each with a seed of its own, which depends on key and request alone; a seed
+    that the client names counts more."""
+
+    def seeds(key: str = "a", **changes: Any) -> dict[str, int]:
+        node.requests.clear()
+        with start_router([(node.endpoint_id, node.url)]) as router:
+            asked = {"prompt": ["a", "a"], "n": 2, "logprobs": 1, **changes}
+            assert send(router, key, **asked).status_code == 200
+        return {r.request_id.rsplit("-", 1)[1]: r.sampling.seed for r in node.requests}
+
+    first, second = seeds(), seeds()
+
+    assert second == first
+    assert len(set(first.values())) == 4
+    assert not set(first.values()) & set(seeds("b").values())
+    assert not set(first.values()) & set(seeds(max_tokens=3).values())
+    assert seeds(seed=7) == seeds("b", seed=7)
+
+
 def test_without_a_key_nothing_is_kept(router: RunningRouter, node: FakeNode) -> None:
     router.complete()
     router.complete()

@@ -66,14 +66,14 @@ class Supervised:
                 await client.post(f"{self.service.url}/exit")
 
 
-def stub(tmp_path: Path, *behaviours: str) -> Service:
+def stub(tmp_path: Path, *behaviours: str, needs_others: bool = False) -> Service:
     state_file = tmp_path / "state"
     state_file.write_text("\n".join(behaviours))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = (sys.executable, str(STUB), str(port), str(state_file))
-    return Service("stub", f"http://127.0.0.1:{port}", command)
+    return Service("stub", f"http://127.0.0.1:{port}", command, needs_others=needs_others)
 
 
 @contextlib.asynccontextmanager
@@ -100,6 +100,21 @@ async def test_a_service_that_ends_is_started_again(tmp_path: Path) -> None:
         assert await found.next_announcement() == said
         assert await found.next_announcement() == "stub is back"
         await found.service.wait_until_healthy(WAIT_S)
+
+
+async def test_a_service_that_waits_for_others_is_back_as_soon_as_it_answers(
+    tmp_path: Path,
+) -> None:
+    """As a router does whose nodes are all away; at the very first start nobody is greeted
+    before it can serve."""
+    service = stub(tmp_path, "healthy", "ill", needs_others=True)
+    async with supervised(service) as found:
+        await found.end()
+
+        await found.next_announcement()
+        assert await found.next_announcement() == "stub is back"
+        with pytest.raises(StartFailed, match="stub is not healthy after 0 s"):
+            await service.wait_until_healthy(0.0)
 
 
 async def test_a_service_that_says_it_is_beyond_help_is_started_again(tmp_path: Path) -> None:
