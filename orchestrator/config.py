@@ -26,6 +26,7 @@ from orchestrator.scheduler_config import (
     SarathiSection,
     SlideBatchingSection,
 )
+from orchestrator.tracing import TracingConfig
 from orchestrator.yaml_config import Problem, problems_error
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -231,6 +232,9 @@ class NodeSettings(BaseModel):
 
     stall_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """An engine silent for this long counts as unhealthy until it speaks again."""
+
+    tracing: TracingConfig | None = None
+    """Spans of requests for OpenTelemetry. None makes none."""
 
     def scheduler_options(self) -> SchedulerOptions | None:
         """Return the section of the chosen scheduler; None for its defaults."""

@@ -32,6 +32,7 @@ from orchestrator.core.ports import (
 from orchestrator.core.request import FinishReason
 from orchestrator.executor import ExecutorLoop, MonotonicClock, StepFigures
 from orchestrator.request_loop import RequestLoop
+from orchestrator.request_marks import RequestMarks
 from orchestrator.wire import (
     AbortRequest,
     AddRequest,
@@ -94,6 +95,7 @@ class ExecutorServer:
         self._seq_no = 0
         self._num_added = 0
         self._last_queue_report_s = -math.inf
+        self._marks = RequestMarks()
         self._is_stopping = False
         self._parent_pid = os.getppid()
         # First, so that a node that calls itself ready can say what it holds.
@@ -147,8 +149,10 @@ class ExecutorServer:
 
     def _handle(self, command: Command) -> None:
         match command:
-            case AddRequest(spec, arrival_s, resume_from):
+            case AddRequest(spec, arrival_s, resume_from, is_traced):
                 self._num_added += 1
+                if is_traced:
+                    self._marks.follow(spec.request_id)
                 try:
                     self._loop.add(spec, arrival_s, resume_from)
                 # The HTTP process checks first; this is for what changed in between.
@@ -158,6 +162,7 @@ class ExecutorServer:
                     self._refuse(spec.request_id, FinishReason.LOST, error)
             case AbortRequest(request_id):
                 self._loop.abort(request_id)
+                self._marks.forget(request_id)
             case Drain():
                 self._loop.is_draining = True
             case Shutdown():
@@ -170,6 +175,10 @@ class ExecutorServer:
 
     def _emit(self, events: Sequence[RequestEvent]) -> None:
         self._send(Events(tuple(events)))
+        if self._marks:
+            for event in events:
+                if event.finish_reason is not None:
+                    self._marks.forget(event.request_id)
 
     def _report(self, figures: StepFigures) -> None:
         plan, output = figures.plan, figures.output
@@ -197,6 +206,7 @@ class ExecutorServer:
                 copies=output.copies,
                 errors=figures.errors,
                 load=self._load_report(figures.load),
+                marks=self._marks.of_step(plan, self._clock.now_s() - output.step_s),
             )
         )
 

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from http import HTTPStatus
+from typing import TYPE_CHECKING
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -15,20 +16,24 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from orchestrator.core.admission import check_request, check_resume_point
-from orchestrator.core.errors import NodeUnavailable, RequestRejected
+from orchestrator.core.errors import NodeUnavailable, ProServeError, RequestRejected
 from orchestrator.core.ports import RequestEvent
 from orchestrator.core.request import FinishReason
 from orchestrator.executor_client import ExecutorClient
 from orchestrator.metrics import NodeMetrics
-from orchestrator.registrar import Registrar
+from orchestrator.tracing import TRACEPARENT, Attributes, Span, Tracing
 from orchestrator.wire import (
     EngineReady,
     ErrorBody,
     GenerateRequest,
     NodeDescription,
     NodeSnapshot,
+    StepReport,
     TokenEvent,
 )
+
+if TYPE_CHECKING:
+    from orchestrator.registrar import Registrar  # which brings an HTTP client along
 
 NDJSON = "application/x-ndjson"
 
@@ -37,6 +42,8 @@ SNAPSHOT_HEARTBEAT_S = 0.5
 
 SNAPSHOT_PAUSE_S = 0.05
 """Between two snapshots of a stream, whatever the news: a burst of requests makes few lines."""
+
+_FAILURES = frozenset({FinishReason.ERROR, FinishReason.LOST})
 
 _generate_decoder = msgspec.json.Decoder(GenerateRequest)
 _json_encoder = msgspec.json.Encoder()
@@ -54,8 +61,14 @@ class NodeService:
         self.endpoint_id = endpoint_id
         self.instance_id = uuid.uuid4().hex
         self.metrics = NodeMetrics()
+        self.tracing: Tracing | None = None
+        """Makes spans of requests; set before the node starts, if at all."""
+
+        self._spans: dict[str, Span] = {}
+        """Of sampled requests that have not ended."""
+
         self.executor = ExecutorClient(
-            executor_command, on_step=self.metrics.step_done, stall_timeout_s=stall_timeout_s
+            executor_command, on_step=self._step_done, stall_timeout_s=stall_timeout_s
         )
 
     def ready(self) -> EngineReady:
@@ -69,8 +82,12 @@ class NodeService:
             raise NodeUnavailable(trouble or "the engine is loading")
         return ready
 
-    def start(self, body: GenerateRequest) -> AsyncGenerator[RequestEvent]:
+    def start(
+        self, body: GenerateRequest, traceparents: Sequence[str] = ()
+    ) -> AsyncGenerator[RequestEvent]:
         """Check one request and return its events, which run once they are iterated.
+
+        `traceparents` are its headers of that name.
 
         Raises:
             NodeUnavailable: the engine is not serving.
@@ -85,8 +102,16 @@ class NodeService:
         if body.resume_from is not None:
             check_resume_point(spec, body.resume_from)
         arrival_s = time.monotonic() - body.elapsed_s
-        events = self.executor.generate(spec, arrival_s, body.resume_from)
-        return self._counted(events, priority_class=spec.priority_class)
+        span: Span | None = None
+        if self.tracing is not None:
+            attributes = _span_attributes(body, self.endpoint_id, ready.model)
+            span = self.tracing.begin("generate", traceparents, attributes)
+        is_traced = span is not None and span.is_sampled
+        events = self._counted(
+            self.executor.generate(spec, arrival_s, body.resume_from, is_traced=is_traced),
+            priority_class=spec.priority_class,
+        )
+        return events if span is None else self._traced(events, body.request_id, span)
 
     def snapshot(self) -> NodeSnapshot:
         """Return what the node holds now.
@@ -125,7 +150,10 @@ class NodeService:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Run the executor process, and be registered once its engine is loaded."""
-        async with self.executor, contextlib.AsyncExitStack() as stack:
+        async with contextlib.AsyncExitStack() as stack:
+            if self.tracing is not None:
+                stack.push_async_callback(asyncio.to_thread, self.tracing.close)
+            await stack.enter_async_context(self.executor)
             if self.registrar is not None:
                 stack.push_async_callback(self.registrar.close)
                 registering = asyncio.create_task(self._register_once_loaded(self.registrar))
@@ -154,6 +182,46 @@ class NodeService:
                     yield event
         finally:
             self.metrics.request_ended(reason, priority_class=priority_class)
+
+    async def _traced(
+        self, generated: AsyncGenerator[RequestEvent], request_id: str, span: Span
+    ) -> AsyncGenerator[RequestEvent]:
+        self._spans[request_id] = span
+        span.event("queued")
+        num_tokens = 0
+        reason, failure = FinishReason.ABORT, None
+        try:
+            async with contextlib.aclosing(generated) as events:
+                async for event in events:
+                    if event.new_token_ids and not num_tokens:
+                        span.event("first_token")
+                    num_tokens += len(event.new_token_ids)
+                    reason = event.finish_reason or reason
+                    yield event
+            failure = reason.value if reason in _FAILURES else None
+        except ProServeError as error:
+            failure = type(error).__name__
+            raise
+        finally:
+            self._spans.pop(request_id, None)
+            span.event("finished")
+            span.note(
+                {
+                    "gen_ai.usage.output_tokens": num_tokens,
+                    "gen_ai.response.finish_reasons": [reason.value],
+                }
+            )
+            span.end(failure)
+
+    def _step_done(self, report: StepReport) -> None:
+        self.metrics.step_done(report)
+        for mark in report.marks:
+            span = self._spans.get(mark.request_id)
+            if span is not None:
+                figures = {"num_tokens": mark.num_tokens, "num_blocks": mark.num_blocks}
+                attributes = {f"proserve.{name}": value for name, value in figures.items()}
+                attributes["proserve.step_id"] = report.step_id
+                span.event(mark.name, attributes, ago_s=time.monotonic() - mark.began_s)
 
 
 class TokenEventsResponse(Response):
@@ -243,7 +311,8 @@ def create_node_app(service: NodeService) -> FastAPI:
             body = _generate_decoder.decode(await request.body())
         except msgspec.DecodeError as error:
             return _error(HTTPStatus.BAD_REQUEST, f"unreadable request: {error}")
-        return TokenEventsResponse(service.start(body), heartbeat_s=body.heartbeat_s)
+        events = service.start(body, request.headers.getlist(TRACEPARENT))
+        return TokenEventsResponse(events, heartbeat_s=body.heartbeat_s)
 
     @app.get("/v1/node")
     async def describe() -> Response:
@@ -297,6 +366,23 @@ def create_node_app(service: NodeService) -> FastAPI:
 async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _span_attributes(body: GenerateRequest, endpoint_id: str, model: str) -> Attributes:
+    num_delivered = len(body.resume_from.output_token_ids) if body.resume_from else None
+    return {
+        "gen_ai.operation.name": "text_completion",
+        "gen_ai.provider.name": "proserve",
+        "gen_ai.request.model": model,
+        "gen_ai.request.max_tokens": body.sampling.max_tokens,
+        "gen_ai.usage.input_tokens": len(body.prompt_token_ids),
+        "proserve.endpoint_id": endpoint_id,
+        "proserve.sequence_id": body.request_id,
+        "proserve.priority_class": body.priority_class,
+        "proserve.weight": body.weight,
+        "proserve.elapsed_s": body.elapsed_s,
+        "proserve.num_delivered_tokens": num_delivered,
+    }
 
 
 def _line(event: RequestEvent) -> bytes:

@@ -5,7 +5,8 @@ HTTP service of a node:
     POST /v1/generate        body GenerateRequest; answers lines of TokenEvent as
                              application/x-ndjson, the last one with a `finish_reason`.
                              Empty lines in between say that the request is alive.
-                             Closing the connection aborts the request.
+                             Closing the connection aborts the request. A header `traceparent`
+                             (W3C Trace Context) makes the node's spans part of a trace.
     GET  /v1/node            NodeDescription: what is served, its limits and latency profile
     GET  /v1/snapshot        NodeSnapshot: load now
     GET  /v1/snapshots       lines of NodeSnapshot as application/x-ndjson, one at once and one
@@ -178,6 +179,8 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True):
     processes share; seconds spent before the node are already subtracted."""
 
     resume_from: ResumePoint | None = None
+    is_traced: bool = False
+    """Whether step reports are to say what happens to it."""
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag=True):
@@ -235,6 +238,23 @@ class LoadReport(msgspec.Struct, frozen=True, tag=True):
     """None in most reports of a busy executor."""
 
 
+class RequestMark(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a step did to a request that is traced."""
+
+    request_id: str
+    name: str
+    """`prefill`, `preempted`, `resumed`, `offload` or `onboard`."""
+
+    began_s: float
+    """When the step began, on this machine's monotonic clock."""
+
+    num_tokens: int | None = None
+    """Computed, of a `prefill`."""
+
+    num_blocks: int | None = None
+    """Copied, of an `offload` or `onboard`."""
+
+
 class StepReport(msgspec.Struct, frozen=True, tag=True):
     """Figures of one step, for metrics."""
 
@@ -269,6 +289,7 @@ class StepReport(msgspec.Struct, frozen=True, tag=True):
     """Of recent predictions, for each batch class seen so far."""
 
     load: LoadReport
+    marks: tuple[RequestMark, ...] = ()
 
 
 ExecutorMessage = EngineReady | EngineFailed | Events | LoadReport | StepReport

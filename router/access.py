@@ -5,6 +5,7 @@ A plain ASGI class: a middleware made with FastAPI's decorator doubles the cost 
 
 from __future__ import annotations
 
+import math
 import re
 import uuid
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ from dataclasses import dataclass, field
 
 import structlog
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orchestrator.core.ports import Clock
+from orchestrator.tracing import TRACEPARENT, Attributes, Span, Tracing
 from router.admission import Lease
 from router.client_directory import Client
 from router.errors import ErrorAnswer
@@ -73,6 +76,13 @@ class RequestRecord:
     replay_of: RequestRecord | None = None
     """The earlier request whose answer this one gets, because both have the same key."""
 
+    span: Span | None = None
+    """Of the request, where requests are traced."""
+
+    gain_captured: float = 0.0
+    gain_possible: float = 0.0
+    """Both as in the metrics of these names, over all sequences."""
+
     num_holders: int = 1
     """Who still works on the request: at first its HTTP exchange alone."""
 
@@ -92,6 +102,8 @@ class RequestRecord:
         self.num_prompt_tokens = plan.num_prompt_tokens
         self.lease = lease
         self._class_metrics.in_progress.inc()
+        if self.span is not None:
+            self.span.note(_plan_attributes(plan))
 
     def fail(self, answer: ErrorAnswer) -> None:
         """The client is told of an error."""
@@ -140,6 +152,8 @@ class RequestRecord:
         self._count(route, str(status))
         if status in REFUSED_STATUSES:
             self.metrics.refusals(self._client_name, self.error, self.error_type).inc()
+        if self.span is not None:
+            self._end_span(self.span, route, status)
         duration_s = now_s - self.arrival_s
         if self.completion_id is not None:
             self._class_metrics.in_progress.dec()
@@ -162,16 +176,40 @@ class RequestRecord:
             num_completion_tokens=self.num_completion_tokens,
             ttft_s=self.ttft_s,
             duration_s=duration_s,
+            gain_captured=self.gain_captured,
+            gain_possible=self.gain_possible,
             finish_reasons=self.finish_reasons,
             error=self.error,
             has_client_left=self.has_client_left,
             replay_of=self.replay_of and self.replay_of.completion_id,
+            trace_id=self.span and self.span.trace_id,
         )
 
     @property
     def client_metrics(self) -> ClientMetrics | None:
         """The metrics of the client, if it is one of the clients file."""
         return self.metrics.of_client(self._client_name) if self._client_name else None
+
+    def _end_span(self, span: Span, route: str, status: int) -> None:
+        replay_of = None if self.replay_of is None else self.replay_of.completion_id
+        span.note(
+            {
+                "http.route": route,
+                "http.response.status_code": status,
+                "gen_ai.response.id": self.completion_id,
+                "gen_ai.response.finish_reasons": self.finish_reasons or None,
+                "gen_ai.response.time_to_first_chunk": self.ttft_s,
+                "gen_ai.usage.input_tokens": self.num_prompt_tokens,
+                "gen_ai.usage.output_tokens": self.num_completion_tokens,
+                "proserve.client_id": self._client_name or None,
+                "proserve.demoted_to": self.demoted_to,
+                "proserve.gain.captured": self.gain_captured,
+                "proserve.gain.possible": self.gain_possible,
+                "proserve.has_client_left": self.has_client_left,
+                "proserve.replay_of": replay_of,
+            }
+        )
+        span.end(self.error)
 
     def _count(self, route: str, status: str) -> None:
         self.metrics.requests(route, self.priority_class, status).inc()
@@ -185,6 +223,41 @@ class RequestRecord:
     @property
     def _class_metrics(self) -> ClassMetrics:
         return self.metrics.of_class(self.priority_class)
+
+
+def request_span(tracing: Tracing, request: Request, request_id: str) -> Span:
+    """Return the span of a request for a generation, in the trace that its sender has begun."""
+    is_chat = request.url.path.endswith("/chat/completions")
+    operation = "chat" if is_chat else "text_completion"
+    return tracing.begin(
+        operation,
+        request.headers.getlist(TRACEPARENT),
+        {
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": "proserve",
+            "proserve.request_id": request_id,
+        },
+    )
+
+
+def _finite(objective_s: float) -> float | None:
+    return objective_s if math.isfinite(objective_s) else None
+
+
+def _plan_attributes(plan: GenerationPlan) -> Attributes:
+    sampling = plan.sequences[0].sampling
+    return {
+        "gen_ai.request.model": plan.model,
+        "gen_ai.request.choice.count": len(plan.sequences),
+        "gen_ai.request.max_tokens": sampling.max_tokens,
+        "gen_ai.request.temperature": sampling.temperature,
+        "gen_ai.request.top_p": sampling.top_p,
+        "gen_ai.request.stream": plan.is_stream,
+        "proserve.priority_class": plan.priority_class.name,
+        "proserve.weight": plan.priority_class.weight,
+        "proserve.slo.ttft_s": _finite(plan.slo.ttft_s),
+        "proserve.slo.tpot_s": _finite(plan.slo.tpot_s),
+    }
 
 
 class AccessLog:

@@ -19,7 +19,14 @@ from starlette.types import Scope
 
 from orchestrator.core.errors import ProServeError
 from orchestrator.core.ports import Clock
-from router.access import CLIENT_LEFT_STATUS, REQUEST_ID_HEADER, AccessLog, RequestRecord
+from orchestrator.tracing import Tracing, tracing_of
+from router.access import (
+    CLIENT_LEFT_STATUS,
+    REQUEST_ID_HEADER,
+    AccessLog,
+    RequestRecord,
+    request_span,
+)
 from router.admission import Admission
 from router.bodies import parsed_body, read_body
 from router.client_directory import Client, ClientDirectory
@@ -71,8 +78,11 @@ class MonotonicClock:
 class RouterService:
     """What the routes share. Belongs to one event loop, that of its application's lifespan."""
 
-    def __init__(self, config: RouterConfig, tokenizer: Tokenizer, clock: Clock) -> None:
+    def __init__(
+        self, config: RouterConfig, tokenizer: Tokenizer, clock: Clock, tracing: Tracing | None
+    ) -> None:
         self.config = config
+        self.tracing = tracing
         self.tokenizer = tokenizer
         self.clock = clock
         self.metrics = RouterMetrics()
@@ -138,6 +148,8 @@ class RouterService:
         if self.directory is not None:
             await self.directory.stop()
         self.client.close()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
     def identify(self, request: Request) -> Client:
         """Return who sends a request; without a clients file, everybody.
@@ -214,10 +226,12 @@ class RouterService:
             NodeUnavailable: the router is shutting down, or no node has said what it can serve.
         """
         record: RequestRecord = request.state.record
+        if self.tracing is not None:
+            record.span = request_span(self.tracing, request, record.request_id)
         client = self.take_request(request)
         content = await self.read(request)
         key = request_key(request, content, client_name=client.name)
-        seed_source = key and key.seed_source
+        seed_source = None if key is None else key.seed_source
         sender = Sender(client, request.headers, record.arrival_s, seed_source)
         if key is None:
             return await begin(content, sender)
@@ -229,22 +243,29 @@ class RouterService:
 
 
 def create_app(
-    config: RouterConfig, *, tokenizer: Tokenizer | None = None, clock: Clock | None = None
+    config: RouterConfig,
+    *,
+    tokenizer: Tokenizer | None = None,
+    clock: Clock | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """Return the router's ASGI application; its lifespan is that of the connections to nodes.
 
-    Without `tokenizer` the one of `config.engine_dir` is loaded. `app.state.end_open_requests`
+    Without `tokenizer` the one of `config.engine_dir` is loaded; `tracing` takes the place of what
+    `config.tracing` says. `app.state.end_open_requests`
     is for its server, to be called on its event loop: from then on every generation, those under
     way and those to come, fails with NodeUnavailable.
 
     Raises:
         EngineDirectoryError: the engine directory has no usable tokenizer.
-        ConfigError: the clients file or the nodes' secret cannot be read or has mistakes.
+        ConfigError: the clients file or the nodes' secret cannot be read or has mistakes, or
+            what tracing needs is not installed.
     """
     service = RouterService(
         config,
         tokenizer or Tokenizer.from_engine_dir(config.engine_dir),
         clock or MonotonicClock(),
+        tracing or tracing_of(config.tracing, service_name="proserve-router"),
     )
 
     @asynccontextmanager

@@ -19,6 +19,7 @@ from pydantic import (
 
 from orchestrator.core.slo import PriorityClass, Slo
 from orchestrator.peers import SecretConfig, ServiceUrl
+from orchestrator.tracing import TracingConfig
 from orchestrator.yaml_config import Problem, problems_error
 from router.health import BreakerRules
 from router.retries import RetryRules
@@ -251,6 +252,9 @@ class RouterSettings(RoutingConfig):
 
     registration: RegistrationConfig | None = None
     """Whether nodes may register themselves. None: there are only those of the configuration."""
+
+    tracing: TracingConfig | None = None
+    """Spans of requests for OpenTelemetry. None makes none."""
 
     @property
     def class_weights(self) -> dict[str, float]:

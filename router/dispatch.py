@@ -12,6 +12,7 @@ import msgspec
 from orchestrator.core.errors import EngineStepError, NodeUnavailable
 from orchestrator.core.ports import Clock
 from orchestrator.core.request import FinishReason
+from orchestrator.tracing import Span
 from orchestrator.wire import GenerateRequest, TokenEvent
 from router.endpoints import EndpointPool
 from router.fleet import Dispatch
@@ -50,12 +51,13 @@ class Dispatcher:
         used_endpoints: list[str],
         *,
         max_wait_s: float | None = None,
+        span: Span | None = None,
     ) -> AsyncGenerator[Sequence[TokenEvent]]:
         """Yield the events of one sequence as they come; the last one's finish reason is stop or
         length. However many nodes they come from, they are those of one undisturbed run.
 
         Appends each node that it is sent to to `used_endpoints`. `max_wait_s` as in
-        `SequenceProgress`.
+        `SequenceProgress`. Each node's part is a span below `span`.
 
         Raises:
             NodeUnavailable: no node could take the sequence, or go on with it.
@@ -67,9 +69,12 @@ class Dispatcher:
         while True:
             dispatch = await self._begin_next(progress, failure)
             used_endpoints.append(dispatch.endpoint_id)
+            failure = None
+            attempt = None if span is None else _attempt(span, request.request_id, progress)
             batches = self._client.generate(
                 self._pool.url_of(dispatch),
                 self._node_request(request, routing, progress),
+                span=attempt,
             )
             try:
                 async with aclosing(batches):
@@ -91,6 +96,8 @@ class Dispatcher:
                 self._lose(dispatch, progress, error)
             finally:
                 self._pool.end_dispatch(dispatch)
+                if attempt is not None:
+                    attempt.end(None if failure is None else type(failure).__name__)
 
     async def _begin_next(self, progress: SequenceProgress, failure: Failure | None) -> Dispatch:
         """Count the sequence on the node to try next, as soon as there is one; `failure` is the
@@ -125,6 +132,7 @@ class Dispatcher:
         if progress.num_attempts > 0:
             self._metrics.failover.retries[progress.resume_point is not None].inc()
         progress.num_attempts += 1
+        progress.decision = decision
         return self._pool.begin_dispatch(routing, decision, now_s)
 
     def _node_request(
@@ -164,6 +172,24 @@ class Dispatcher:
                 return EngineStepError(f"{failure}; {reason}", request_ids=failure.request_ids)
             case NodeUnavailable():
                 return NodeUnavailable(f"{failure}; the request is given up: {reason}")
+
+
+def _attempt(span: Span, sequence_id: str, progress: SequenceProgress) -> Span:
+    """Return the span of what one node does for a sequence."""
+    decision, resume_point = progress.decision, progress.resume_point
+    num_delivered = None if resume_point is None else len(resume_point.output_token_ids)
+    return span.child(
+        f"dispatch {decision.endpoint_id}",
+        {
+            "proserve.endpoint_id": decision.endpoint_id,
+            "proserve.sequence_id": sequence_id,
+            "proserve.attempt": progress.num_attempts,
+            "proserve.routing.expected_gain": decision.expected_gain,
+            "proserve.routing.reason": decision.reason,
+            "proserve.routing.is_satisfiable": decision.is_satisfiable,
+            "proserve.num_delivered_tokens": num_delivered,
+        },
+    )
 
 
 def _failure(event: TokenEvent, request_id: str, endpoint_id: str) -> Failure | None:

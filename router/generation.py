@@ -109,7 +109,11 @@ class Generation:
         )
         place = self._lease.places[index]
         batches = self._tools.dispatcher.generate(
-            routing, request, self._used_nodes[index], max_wait_s=plan.max_wait_s
+            routing,
+            request,
+            self._used_nodes[index],
+            max_wait_s=plan.max_wait_s,
+            span=self._record.span,
         )
         try:
             async with aclosing(batches):
@@ -132,6 +136,8 @@ class Generation:
             place.leave()
             meter.close()
             self._record.endpoint_ids += self._used_nodes[index]
+            self._record.gain_captured += meter.gain_captured
+            self._record.gain_possible += meter.gain_possible
 
     def _assembler(self, sequence: SequencePlan) -> Assembler:
         assembler = OutputAssembler(
@@ -179,8 +185,8 @@ class SequenceMeter:
         self._num_on_time = 0
         self._first_token_s = 0.0
         self._last_token_s = 0.0
-        self._gain_captured = 0.0
-        self._gain_possible = 0.0
+        self.gain_captured = 0.0
+        self.gain_possible = 0.0
 
     def receive(self, num_new_tokens: int, now_s: float) -> None:
         """Count tokens that came together."""
@@ -195,22 +201,22 @@ class SequenceMeter:
             self._metrics.inter_token.observe(0.0, num_new_tokens - 1)
         for index in range(self._num_tokens, self._num_tokens + num_new_tokens):
             gain = self._weight * _GAIN_WEIGHTS.of_token(index)
-            self._gain_possible += gain
+            self.gain_possible += gain
             if now_s < token_deadline_s(self._slo, index, arrival_s=self._arrival_s):
                 self._num_on_time += 1
-                self._gain_captured += gain
+                self.gain_captured += gain
         self._num_tokens += num_new_tokens
         self._last_token_s = now_s
 
     def close(self) -> None:
         """The sequence has ended; one without any token has missed its first one's gain."""
         if self._num_tokens == 0:
-            self._gain_possible = self._weight * _GAIN_WEIGHTS.first_token
+            self.gain_possible = self._weight * _GAIN_WEIGHTS.first_token
         for metrics in (self._metrics, self._client):
             if metrics is not None:
                 metrics.completion_tokens.inc(self._num_tokens)
-                metrics.gain_captured.inc(self._gain_captured)
-                metrics.gain_possible.inc(self._gain_possible)
+                metrics.gain_captured.inc(self.gain_captured)
+                metrics.gain_possible.inc(self.gain_possible)
 
     def summary(self, index: int, nodes: Sequence[str]) -> ServingSummary:
         """Return what a client may know of the sequence, its choice `index`, which has ended after
@@ -227,8 +233,8 @@ class SequenceMeter:
             objectives_met=ttft_s is not None
             and ttft_s < self._slo.ttft_s
             and (tpot_s is None or tpot_s < self._slo.tpot_s),
-            service_gain=self._gain_captured,
-            possible_service_gain=self._gain_possible,
+            service_gain=self.gain_captured,
+            possible_service_gain=self.gain_possible,
             node=nodes[-1],
             retries=len(nodes) - 1,
         )

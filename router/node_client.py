@@ -12,6 +12,7 @@ import httptools
 import msgspec
 
 from orchestrator.core.errors import NodeUnavailable, RequestRejected
+from orchestrator.tracing import TRACEPARENT, Span
 from orchestrator.wire import (
     ErrorBody,
     GenerateRequest,
@@ -82,9 +83,11 @@ class NodeClient:
                 self._connections.give_back(url, connection)
 
     async def generate(
-        self, url: str, request: GenerateRequest
+        self, url: str, request: GenerateRequest, *, span: Span | None = None
     ) -> AsyncGenerator[Sequence[TokenEvent]]:
         """Yield the events of one sequence up to the one with a `finish_reason`.
+
+        The node's spans go on from `span`.
 
         An empty batch is a sign of life: the node has the request and no news.
         Events come as soon as they are here; those that are here together come together, so
@@ -97,7 +100,8 @@ class NodeClient:
             RequestRejected: the node finds the request invalid.
         """
         request = msgspec.structs.replace(request, heartbeat_s=self._heartbeat_s)
-        message = _post(url, "/v1/generate", _encoder.encode(request))
+        traceparent = None if span is None else span.traceparent
+        message = _post(url, "/v1/generate", _encoder.encode(request), traceparent=traceparent)
         lines, is_finished = _Lines(), False
         try:
             with _NodeUnavailableIfFailed(url):
@@ -163,10 +167,11 @@ def _get(url: str, path: str) -> bytes:
     return f"GET {path} HTTP/1.1\r\nhost: {_host(url)}\r\n\r\n".encode()
 
 
-def _post(url: str, path: str, content: bytes) -> bytes:
+def _post(url: str, path: str, content: bytes, *, traceparent: str | None = None) -> bytes:
+    trace = "" if traceparent is None else f"{TRACEPARENT}: {traceparent}\r\n"
     head = (
         f"POST {path} HTTP/1.1\r\nhost: {_host(url)}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(content)}\r\n\r\n"
+        f"{trace}content-length: {len(content)}\r\n\r\n"
     )
     return head.encode() + content
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from orchestrator.core.backoff import backoff_s
 from orchestrator.core.request import ResumePoint
 from orchestrator.core.slo import Slo, token_deadline_s
-from router.policy import RoutingRequest
+from router.policy import NO_NODE, RoutingRequest
 
 MAX_ENGINE_ERRORS = 2
 """An engine that fails ends all requests of its step, whichever was at fault: each may try another
@@ -60,6 +60,9 @@ class SequenceProgress:
         self._num_engine_errors = 0
         self._is_accepted = False
         self.num_attempts = 0
+        self.decision = NO_NODE
+        """Of the last attempt."""
+
         self.num_failures = 0
         """In a row, without a token in between."""
 

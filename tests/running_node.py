@@ -14,6 +14,7 @@ import uvicorn
 
 from orchestrator.core.request import ResumePoint, SamplingParams
 from orchestrator.node_api import NodeService, create_node_app
+from orchestrator.tracing import Tracing
 from orchestrator.wire import GenerateRequest, NodeSnapshot, TokenEvent
 
 WAIT_S = 60.0
@@ -48,9 +49,10 @@ class Node:
 
 
 @contextlib.asynccontextmanager
-async def running_node(*command: str) -> AsyncIterator[Node]:
+async def running_node(*command: str, tracing: Tracing | None = None) -> AsyncIterator[Node]:
     """A node on a free port, over a real socket; `command` starts its executor."""
     service = NodeService("node-t", command, stall_timeout_s=5.0)
+    service.tracing = tracing
     server = uvicorn.Server(
         uvicorn.Config(create_node_app(service), port=0, log_config=None, lifespan="on")
     )

@@ -34,6 +34,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "router": (
         "orchestrator.core",
         "orchestrator.peers",
+        "orchestrator.tracing",
         "orchestrator.wire",
         "orchestrator.yaml_config",
         "router",
@@ -79,6 +80,7 @@ CONFINED: Mapping[str, tuple[str, ...]] = {
         "build_scripts",
     ),
     "llguidance": ("orchestrator.grammars", "router.output_form"),
+    "opentelemetry": ("orchestrator.tracing",),
 }
 
 # Whoever wants these imports them himself.

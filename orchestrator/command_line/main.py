@@ -57,8 +57,7 @@ def node(file: ConfigFile, *, die_with_parent: DieWithParent = False) -> None:
     from orchestrator.command_line.logs import configure_logging
     from orchestrator.config import NodeConfig
     from orchestrator.node_api import NodeService, create_node_app
-    from orchestrator.registrar import Registrar
-    from orchestrator.wire import NodeRegistration
+    from orchestrator.tracing import tracing_of
     from orchestrator.yaml_config import load_yaml_model
 
     if die_with_parent:
@@ -71,7 +70,11 @@ def node(file: ConfigFile, *, die_with_parent: DieWithParent = False) -> None:
         (*executor, config.model_dump_json()),
         stall_timeout_s=config.stall_timeout_s,
     )
+    service.tracing = tracing_of(config.tracing, service_name="proserve-node")
     if config.registration is not None:
+        from orchestrator.registrar import Registrar
+        from orchestrator.wire import NodeRegistration
+
         service.registrar = Registrar(
             NodeRegistration(config.endpoint_id, service.instance_id, config.advertised_url()),
             config.registration.router_urls,

@@ -15,7 +15,8 @@ import pytest
 from orchestrator.core.request import FinishReason, ResumePoint
 from orchestrator.wire import ErrorBody, NodeDescription
 from tests.running_node import Node, body, running_node, until
-from tests.scripted_engine import EXIT, RAISE
+from tests.scripted_engine import EXIT, RAISE, REFUSE
+from tests.tracers import NOT_SAMPLED, SAMPLED, SPAN_ID, TRACE_ID, Tracer, attributes, ids
 
 SCRIPTED_ENGINE = (sys.executable, "-m", "tests.scripted_engine")
 
@@ -267,3 +268,31 @@ async def test_a_shut_down_node_leaves_no_process(node: Node) -> None:
 
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+async def test_a_traced_request_has_a_span_with_what_became_of_it() -> None:
+    """Three requests of a trace that is sampled, one of one that is not. The engine says a token
+    each step; the middle one fails."""
+    tracer = Tracer(sample_fraction=0.0)
+    async with running_node(*SCRIPTED_ENGINE, tracing=tracer.tracing) as node:
+        for name, last, header in (
+            ("a", 1, SAMPLED), ("b", REFUSE, SAMPLED), ("c", 1, NOT_SAMPLED),
+        ):  # fmt: skip
+            await node.client.post(
+                "/v1/generate",
+                content=msgspec.json.encode(body(name, 5, last)),
+                headers={"traceparent": header},
+            )
+
+    served, failed = tracer.spans()
+    assert [ids(span)[::2] for span in (served, failed)] == [(TRACE_ID, SPAN_ID)] * 2
+    names = ["queued", "prefill", "first_token", "finished"]
+    assert sorted(e.name for e in served.events) == sorted(names)
+    (prefill,) = [e for e in served.events if e.name == "prefill"]
+    assert (prefill.attributes or {})["proserve.num_tokens"] == 2
+    found = attributes(served)
+    assert found["proserve.priority_class"] == "normal"
+    assert found["gen_ai.usage.input_tokens"] == 2
+    assert found["gen_ai.usage.output_tokens"] == 3
+    assert found["gen_ai.response.finish_reasons"] == ("length",)
+    assert attributes(failed)["error.type"] == "error"

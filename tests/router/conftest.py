@@ -107,13 +107,14 @@ def start_router(engine_dir: Path, tokenizer: Tokenizer) -> RouterFactory:
         used_tokenizer = settings.pop("tokenizer", tokenizer)
         clock = settings.pop("clock", None)
         protocol = settings.pop("protocol", GuardedHttpProtocol)
+        tracer = settings.pop("tracer", None)
         config = RouterConfig(
             engine_dir=engine_dir,
             model="tiny",
             nodes=tuple(EndpointConfig(endpoint_id=i, url=url) for i, url in nodes),
             **{"snapshot_poll_interval_s": 0.02, **settings},
         )
-        app = create_app(config, tokenizer=used_tokenizer, clock=clock)
+        app = create_app(config, tokenizer=used_tokenizer, clock=clock, tracing=tracer)
         with (
             RunningServer(app, protocol=protocol) as server,
             httpx.Client(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
+from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
 from orchestrator.core.ports import SchedulerLoad
@@ -116,6 +117,9 @@ class FakeNode:
         self.requests: list[GenerateRequest] = []
         """In order of arrival."""
 
+        self.traceparents: list[str | None] = []
+        """Headers of that name, one for each request."""
+
         self.aborted_ids: list[str] = []
         """Requests whose caller left before the end."""
 
@@ -169,6 +173,7 @@ class FakeNode:
                 await self._stream_snapshots(self.snapshot_lines, send)
             case "/v1/generate":
                 self.generate_connections.add(scope["client"])
+                self.traceparents.append(Headers(scope=scope).get("traceparent"))
                 await self._generate(receive, send)
             case path:
                 await _answer(send, 404, ErrorBody(f"unknown path {path}"))
