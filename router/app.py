@@ -9,20 +9,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
-import msgspec
 import structlog
 from fastapi import FastAPI, Request, Response
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
-from orchestrator.core.errors import ProServeError
 from orchestrator.core.ports import Clock
 from orchestrator.tracing import Tracing, tracing_of
 from router.access import (
-    CLIENT_LEFT_STATUS,
-    REQUEST_ID_HEADER,
     AccessLog,
     RequestRecord,
     request_span,
@@ -33,13 +27,8 @@ from router.client_directory import Client, ClientDirectory
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.endpoints import EndpointPool
-from router.errors import (
-    ErrorAnswer,
-    Refused,
-    error_answer,
-    error_headers,
-    http_error_answer,
-)
+from router.error_handlers import add_error_handlers, json_response
+from router.errors import Refused
 from router.generation import Generation, GenerationTools
 from router.idempotency import KeptAnswers, request_key
 from router.metrics import CONTENT_TYPE, RouterMetrics
@@ -63,7 +52,6 @@ from router.tokenizer import Tokenizer
 from router.tool_calling import ToolCalling
 from router.translation import GenerationPlan, Sender, Translator, model_not_found
 
-_encoder = msgspec.json.Encoder()
 _log = structlog.get_logger("router")
 
 
@@ -287,7 +275,7 @@ def create_app(
     _add_information_routes(app, service)
     if service.registrations is not None:
         add_registration_routes(app, service.registrations)
-    _add_error_handlers(app)
+    add_error_handlers(app)
     return app
 
 
@@ -345,13 +333,13 @@ def _add_tokenizer_routes(app: FastAPI, service: RouterService) -> None:
     async def tokenize(request: Request) -> Response:
         service.identify(request)
         body = parsed_body(await service.read(request), TokenizeBody)
-        return _json(200, await service.tokenization.tokenize(body))
+        return json_response(200, await service.tokenization.tokenize(body))
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         service.identify(request)
         body = parsed_body(await service.read(request), DetokenizeBody)
-        return _json(200, await service.tokenization.detokenize(body))
+        return json_response(200, await service.tokenization.detokenize(body))
 
 
 def _add_information_routes(app: FastAPI, service: RouterService) -> None:
@@ -360,14 +348,14 @@ def _add_information_routes(app: FastAPI, service: RouterService) -> None:
     @app.get("/v1/models")
     async def list_models(request: Request) -> Response:
         service.identify(request)
-        return _json(200, ModelList((model,)))
+        return json_response(200, ModelList((model,)))
 
     @app.get("/v1/models/{model_id:path}")
     async def get_model(request: Request, model_id: str) -> Response:
         service.identify(request)
         if model_id != model.id:
             raise model_not_found(model_id, served=model.id)
-        return _json(200, model)
+        return json_response(200, model)
 
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:
@@ -381,7 +369,7 @@ def _add_information_routes(app: FastAPI, service: RouterService) -> None:
 
     @app.get("/openapi.json")
     async def openapi() -> Response:
-        return _json(200, openapi_document())
+        return json_response(200, openapi_document())
 
     @app.get("/health")
     async def health() -> Response:
@@ -389,7 +377,7 @@ def _add_information_routes(app: FastAPI, service: RouterService) -> None:
         nodes = {endpoint_id: obstacle or "ready" for endpoint_id, obstacle in obstacles.items()}
         is_ready = None in obstacles.values()
         status = "ready" if is_ready else "no node can take requests now"
-        return _json(200 if is_ready else 503, {"status": status, "nodes": nodes})
+        return json_response(200 if is_ready else 503, {"status": status, "nodes": nodes})
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -401,48 +389,6 @@ def _add_information_routes(app: FastAPI, service: RouterService) -> None:
             num_sequences=service.pool.num_sequences(),
         )
         return Response(text, media_type=CONTENT_TYPE)
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    @app.exception_handler(ProServeError)
-    async def on_error(request: Request, error: ProServeError) -> Response:
-        status, answer = error_answer(error)
-        return _refuse(request, status, answer, error_headers(error))
-
-    @app.exception_handler(HTTPException)
-    async def on_http_error(request: Request, error: HTTPException) -> Response:
-        path = f"{request.method} {request.url.path[:128]}"
-        message, code = {
-            404: (f"unknown route: {path}", "unknown_route"),
-            405: (f"{path} is not allowed; see the Allow header", "method_not_allowed"),
-        }.get(error.status_code, (str(error.detail), None))
-        answer = http_error_answer(error.status_code, message, code=code)
-        return _refuse(request, error.status_code, answer, dict(error.headers or {}))
-
-    @app.exception_handler(ClientDisconnect)
-    async def on_disconnect(request: Request, _: ClientDisconnect) -> Response:
-        request.state.record.has_client_left = True
-        return Response(status_code=CLIENT_LEFT_STATUS)
-
-    @app.exception_handler(Exception)
-    async def on_bug(request: Request, _: Exception) -> Response:
-        request_id = request.state.record.request_id
-        message = f"internal error; the router's log tells more under request id {request_id}"
-        answer = http_error_answer(500, message, code="internal_error")
-        # Its server closes the connection behind an exception, so the client should know.
-        headers = {REQUEST_ID_HEADER: request_id, "connection": "close"}
-        return _json(500, answer, headers)
-
-
-def _refuse(
-    request: Request, status: int, answer: ErrorAnswer, headers: dict[str, str]
-) -> Response:
-    request.state.record.fail(answer)
-    return _json(status, answer, headers)
-
-
-def _json(status: int, value: object, headers: dict[str, str] | None = None) -> Response:
-    return Response(_encoder.encode(value), status, headers, media_type="application/json")
 
 
 def _directory(

@@ -68,7 +68,7 @@ async def registrations_at(
         yield Registrations(config_at(directory), pool, clock, metrics), pool
     finally:
         await pool.stop()
-        await client.close()
+        client.close()
 
 
 async def test_a_node_stays_for_as_long_as_it_renews_its_lease_of_10_s(tmp_path: Path) -> None:

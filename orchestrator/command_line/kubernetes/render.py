@@ -21,6 +21,7 @@ def render(config: DeploymentConfig) -> dict[str, str]:
         ConfigError: the deployment cannot run on Kubernetes as it is described, or the name of
             its model is neither in the file nor in its engine directories.
     """
+    _check_registration(config)
     frame = Frame(config.kubernetes)
     sets = node_sets(config)
     files = {"router.yaml": router_objects(frame, config, sets, _model(config))}
@@ -52,6 +53,17 @@ def write(files: Mapping[str, str], directory: Path) -> list[Path]:
     except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be written: {error.strerror}") from error
     return left
+
+
+def _check_registration(config: DeploymentConfig) -> None:
+    registered = {"router": config.router.registration is not None}
+    registered |= {node.endpoint_id: node.registration is not None for node in config.nodes}
+    for name, is_registered in registered.items():
+        if is_registered:
+            raise ConfigError(
+                f"{name} has a registration, which is not rendered: on Kubernetes routers know "
+                "every node by its name, those of autoscaling too; leave it out"
+            )
 
 
 def _model(config: DeploymentConfig) -> str:

@@ -21,7 +21,7 @@ from orchestrator.yaml_config import load_yaml_model
 
 ROOT = Path(__file__).parents[3]
 FOLDERS = {"clients": "clients", "deployments": "deployment", "engines": "engine",
-           "simulations": "simulation"}  # fmt: skip
+           "nodes": "node", "routers": "router", "simulations": "simulation"}  # fmt: skip
 """Kinds of shipped files by folder."""
 
 SHIPPED = [
