@@ -12,7 +12,7 @@ import torch
 
 from engines.kv_copies import CopyReport
 from engines.plan_checks import PlanChecks, check_transfers
-from orchestrator.core.errors import EngineStepError
+from orchestrator.core.errors import EngineLost, EngineStepError
 from orchestrator.core.kv_transfer import KVTransfer
 from orchestrator.core.ports import (
     EngineCapabilities,
@@ -36,8 +36,8 @@ class StepLogits:
 
 
 Compute = Callable[[Sequence[ScheduledRequest]], StepLogits]
-"""Runs a model on these parts of a checked plan; there is at least one. Raises RuntimeError or
-ValueError if that fails."""
+"""Runs a model on these parts of a checked plan; there is at least one. Whatever it raises
+ends the step."""
 
 
 class StepCopies(Protocol):
@@ -101,6 +101,7 @@ class StepRunner:
 
         Raises:
             EngineStepError: names every request of the step.
+            EngineLost: what `compute` or the copies run on has ended.
         """
         started_s = time.perf_counter()
         self._sampler.forget(plan.finished_ids)
@@ -118,8 +119,11 @@ class StepRunner:
             if not plan.scheduled:
                 self._copies.wait_for_one()
             copies = self._copies.finish_step()
-        # What our checks and PyTorch raise; torch.OutOfMemoryError is a RuntimeError.
-        except (RuntimeError, ValueError) as error:
+        except EngineLost:
+            raise
+        # Of any kind, such as Triton's own: onboards that are not ended here would be reported as
+        # whole by the next step, whose requests may share their blocks.
+        except Exception as error:
             self._copies.give_up_step(plan.transfers, f"step {plan.step_id} failed: {error}")
             raise EngineStepError(
                 f"step {plan.step_id} failed: {error}",
