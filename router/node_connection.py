@@ -105,6 +105,11 @@ class NodeConnection(asyncio.Protocol):
             self._transport.pause_reading()
         self._wake()
 
+    def on_message_begin(self) -> None:
+        """The parser has read the first byte of an answer."""
+        if self._is_complete:
+            raise ConnectionAbortedError("it sends a second answer")
+
     def on_headers_complete(self) -> None:
         """The parser has read the headers."""
         self._status = self._parser.get_status_code()

@@ -121,8 +121,11 @@ async def test_an_answer_that_is_not_http_fails(connections: NodeConnections) ->
             await ask(connections, server.url)
 
 
-async def test_a_connection_that_says_too_much_is_not_kept(connections: NodeConnections) -> None:
-    async with Server(lambda _: answer(b"a") + b"bc") as server:
+@pytest.mark.parametrize("surplus", [b"bc", answer(b"b"), answer(b"b")[:5]])
+async def test_a_connection_that_says_too_much_is_not_kept(
+    connections: NodeConnections, surplus: bytes
+) -> None:
+    async with Server(lambda _: answer(b"a") + surplus) as server:
         for _ in range(2):
             assert await ask(connections, server.url) == (200, b"a")
 
