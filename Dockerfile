@@ -10,7 +10,7 @@ RUN python -m venv /opt/proserve
 ENV PATH=/opt/proserve/bin:$PATH
 # The dependencies first, and alone: they are kept while only our code changes.
 COPY pyproject.toml constraints.txt README.md LICENSE ./
-RUN pip install --no-cache-dir --constraint constraints.txt .
+RUN pip install --no-cache-dir --constraint constraints.txt '.[otel]'
 COPY build_scripts build_scripts
 COPY engines engines
 COPY orchestrator orchestrator

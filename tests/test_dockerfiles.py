@@ -68,6 +68,12 @@ def test_processes_run_as_the_user_that_manifests_name(path: Path) -> None:
     assert re.findall(r"^USER (.+)$", text, flags=re.MULTILINE) == [f"{USER_ID}:{USER_ID}"]
 
 
+@each
+def test_images_have_what_every_configuration_may_ask_for(path: Path) -> None:
+    """Without the extra, a pod whose configuration has `tracing` would never start."""
+    assert re.search(r"pip install .* '\.\[otel\]'", path.read_text())
+
+
 def test_the_image_of_tensorrt_llm_has_the_version_that_we_drive() -> None:
     [requirement] = PROJECT["project"]["optional-dependencies"]["trtllm"]
     [image] = re.findall(r"^FROM (\S+)", DOCKERFILES[1].read_text(), flags=re.MULTILINE)

@@ -19,6 +19,7 @@ from orchestrator.command_line.kubernetes.objects import (
     Object,
     Pod,
     config_text,
+    egress_to_collector,
     engine_mount,
     probe,
     resources,
@@ -198,7 +199,8 @@ def _network_policy(frame: Frame, node_set: NodeSet, labels: dict[str, str]) -> 
         "podSelector": {"matchLabels": labels},
         "policyTypes": ["Ingress", "Egress"],
         "ingress": [{"from": sources, "ports": [{"protocol": "TCP", "port": PORT_NAME}]}],
-        "egress": [],  # a node answers and asks nobody
+        # A node answers and, but for this, asks nobody.
+        "egress": egress_to_collector(node_set.nodes[0].tracing),
     }
     return frame.object("networking.k8s.io/v1 NetworkPolicy", node_set.name, labels, spec=policy)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel
@@ -17,6 +18,7 @@ from orchestrator.command_line.kubernetes_config import (
     KubernetesConfig,
     PodsConfig,
 )
+from orchestrator.tracing import TracingConfig
 
 Object = dict[str, Any]
 """One object of Kubernetes, as its YAML."""
@@ -28,6 +30,8 @@ PORT_NAME = "http"
 
 USER_ID = 10001
 """The user of our images; any other would do."""
+
+DNS_PORTS: Sequence[Object] = tuple({"protocol": name, "port": 53} for name in ("UDP", "TCP"))
 
 SET_LABEL = "proserve/node-set"
 CONFIG_ANNOTATION = "proserve/config-sha256"
@@ -209,3 +213,12 @@ _Dumper.add_representer(str, _represent_text)
 def dump_yaml(value: object) -> str:
     """Return a value as YAML, keys in their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=100)
+
+
+def egress_to_collector(tracing: TracingConfig | None) -> list[Object]:
+    """Return the rules by which pods reach the collector of their spans, wherever it is."""
+    if tracing is None:
+        return []
+    address = urlsplit(tracing.endpoint)
+    port = address.port or (443 if address.scheme == "https" else 80)
+    return [{"ports": list(DNS_PORTS)}, {"ports": [{"protocol": "TCP", "port": port}]}]

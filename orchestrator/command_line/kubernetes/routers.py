@@ -11,6 +11,7 @@ from orchestrator.command_line.deployment import DeploymentConfig
 from orchestrator.command_line.kubernetes.nodes import NodeSet
 from orchestrator.command_line.kubernetes.objects import (
     CONFIG_DIR,
+    DNS_PORTS,
     PORT_NAME,
     TMP_ENV,
     TMP_MOUNTS,
@@ -18,6 +19,7 @@ from orchestrator.command_line.kubernetes.objects import (
     Object,
     Pod,
     config_text,
+    egress_to_collector,
     engine_mount,
     probe,
     resources,
@@ -64,7 +66,7 @@ def router_objects(
         frame.object("v1 Service", _PART, labels, spec=service),
         frame.object("apps/v1 Deployment", _PART, labels, spec=controller),
         frame.disruption_budget(_PART, labels),
-        _network_policy(frame, labels),
+        _network_policy(frame, labels, config),
     ]
 
 
@@ -141,15 +143,15 @@ def _pod_template(frame: Frame, config: RouterConfig, first: NodeSet, text: str)
     return frame.pod_template(_PART, frame.labels(_PART), pod)
 
 
-def _network_policy(frame: Frame, labels: dict[str, str]) -> Object:
-    dns = [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")]
+def _network_policy(frame: Frame, labels: dict[str, str], config: RouterConfig) -> Object:
     policy = {
         "podSelector": {"matchLabels": labels},
         "policyTypes": ["Ingress", "Egress"],
         "ingress": [{"ports": [{"protocol": "TCP", "port": PORT_NAME}]}],
         "egress": [
             {"to": [{"podSelector": {"matchLabels": frame.labels("node")}}]},
-            {"ports": dns},
+            {"ports": list(DNS_PORTS)},
+            *egress_to_collector(config.tracing),
         ],
     }
     return frame.object("networking.k8s.io/v1 NetworkPolicy", _PART, labels, spec=policy)

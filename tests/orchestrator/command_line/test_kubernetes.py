@@ -259,6 +259,22 @@ def test_only_routers_and_monitoring_reach_nodes() -> None:
     }
 
 
+@pytest.mark.parametrize(("address", "port"), [("http://c:4318", 4318), ("https://c", 443)])
+def test_pods_that_make_spans_reach_their_collector(address: str, port: int) -> None:
+    def egress(text: str, name: str) -> list[Object]:
+        policy = one(rendered(text), "NetworkPolicy", f"proserve-{name}")
+        return list(policy["spec"]["egress"])
+
+    tracing = f"tracing: {{endpoint: '{address}'}}"
+    to_collector = {"ports": [{"protocol": "TCP", "port": port}]}
+    traced = GROUP.replace("name: chat", f"name: chat\n    {tracing}")
+
+    assert to_collector in egress(traced, "chat")
+    assert to_collector in egress(GROUP + f"router: {{{tracing}}}", "router")
+    assert egress(GROUP, "chat") == []
+    assert to_collector not in egress(traced, "router")
+
+
 def test_nodes_with_addresses_of_their_own_do_not_run_out_of_ports() -> None:
     text = GROUP.replace("8101", "65534") + "    kubernetes: {autoscaling: {max_nodes: 9}}\n"
 
