@@ -86,19 +86,19 @@ def make_clients(count: int, *, have_keys: bool) -> list[Client]:
 
 
 class RouterKiller:
-    """Kills the router each time so many answers have become complete: at a pace in time, a slow
-    machine would not get to the end of any."""
+    """Kills the router each time so many answers have become complete, but for the last: at a pace
+    in time, a slow machine would not get to the end of any."""
 
-    def __init__(self, deployment: Deployment, *, every_answers: int) -> None:
+    def __init__(self, deployment: Deployment, *, every_answers: int, num_answers: int) -> None:
         self._deployment = deployment
         self._every_answers = every_answers
-        self._num_answers = 0
+        self._num_left = num_answers
         self.num_kills = 0
 
     def note_answer(self) -> None:
         """An answer is complete."""
-        self._num_answers += 1
-        if self._num_answers % self._every_answers == 0:
+        self._num_left -= 1
+        if self._num_left > 0 and self._num_left % self._every_answers == 0:
             with contextlib.suppress(ValueError):  # it is being started
                 os.kill(self._deployment.router_pid(), signal.SIGKILL)
                 self.num_kills += 1
@@ -180,7 +180,9 @@ async def measure(
             sys.exit(f"the calm run failed: {failed[0]}")
         started_s = time.monotonic()
         disturbing = asyncio.create_task(disturb(deployment, faults, seed=1))
-        router_killer = RouterKiller(deployment, every_answers=max(4, num_requests // 10))
+        router_killer = RouterKiller(
+            deployment, every_answers=max(4, num_requests // 10), num_answers=num_requests
+        )
         answers = await run(
             openai_client, clients, with_slow_ones=True, router_killer=router_killer
         )
@@ -205,17 +207,25 @@ async def measure(
         "num_kills": faults["kill"],
         "num_stops": faults["stop"],
         "num_router_kills": router_killer.num_kills,
-        # By the last router alone.
-        "num_resumed_after_tokens": _retries(deployment, after_tokens="true"),
-        "num_retried_before_tokens": _retries(deployment, after_tokens="false"),
+        **({} if kills_routers else _retries(deployment)),
         "disturbed_s": round(time.monotonic() - started_s, 1),
         "errors": errors[:5],
     }
 
 
-def _retries(deployment: Deployment, *, after_tokens: str) -> int:
-    name = f'proserve_router_retries_total{{after_tokens="{after_tokens}"}}'
-    return int(deployment.router_metric(name))
+def _retries(deployment: Deployment) -> dict[str, int]:
+    """Return what the router counted; one that was killed has taken its counts along."""
+    return {
+        name: int(
+            deployment.router_metric(
+                f'proserve_router_retries_total{{after_tokens="{after_tokens}"}}'
+            )
+        )
+        for name, after_tokens in (
+            ("num_resumed_after_tokens", "true"),
+            ("num_retried_before_tokens", "false"),
+        )
+    }
 
 
 def main() -> None:
