@@ -109,9 +109,12 @@ class Registrations:
             self._forget(tenant, "it has left")
             self._metrics.registrations("left").inc()
 
-    def expire(self) -> None:
-        """Forget the nodes whose leases have ended."""
+    def expire(self, *, unheard_s: float = 0.0) -> None:
+        """Forget the nodes whose leases have ended, not counting the last `unheard_s`, in which the
+        router could hear nobody."""
         now_s = self._clock.now_s()
+        for tenant in self._tenants.values():
+            tenant.until_s += unheard_s
         for tenant in [t for t in self._tenants.values() if t.until_s <= now_s]:
             self._forget(tenant, f"it was silent for {self._config.lease_s:g} s")
             self._metrics.registrations("expired").inc()
@@ -152,9 +155,14 @@ class Registrations:
         _log.info("node_left", endpoint_id=endpoint_id, url=tenant.node.url, reason=reason)
 
     async def _keep_sweeping(self) -> None:
+        loop, pause_s = asyncio.get_running_loop(), self._config.lease_s / SWEEPS_PER_LEASE
         while True:
-            await asyncio.sleep(self._config.lease_s / SWEEPS_PER_LEASE)
-            self.expire()
+            due_s = loop.time() + pause_s
+            await asyncio.sleep(pause_s)
+            # A router that was stopped for a while would else forget all nodes at once, whose
+            # renewals wait in its sockets.
+            late_s = loop.time() - due_s
+            self.expire(unheard_s=late_s if late_s > pause_s else 0.0)
 
 
 def add_registration_routes(app: FastAPI, registrations: Registrations) -> None:

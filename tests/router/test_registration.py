@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -85,6 +86,50 @@ async def test_a_node_stays_for_as_long_as_it_renews_its_lease_of_10_s(tmp_path:
         registrations.expire()
 
         assert list(pool.fleet.endpoint_ids) == ["fixed"]
+
+
+async def test_a_lease_does_not_run_while_the_router_hears_nobody(tmp_path: Path) -> None:
+    """It was stopped for 9 s."""
+    clock = ManualClock()
+    async with registrations_at(tmp_path, clock) as (registrations, pool):
+        registrations.register(registration_of())
+        clock.time_s += 18.9
+        registrations.expire(unheard_s=9.0)
+        assert "node-0" in pool
+
+        clock.time_s += 0.1
+        registrations.expire()
+
+        assert "node-0" not in pool
+
+
+async def test_a_router_that_was_stopped_forgets_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock of its event loop is a minute ahead behind the first pause, a 20th of a second."""
+    clock = ManualClock()
+    async with registrations_at(tmp_path, clock) as (registrations, pool):
+        loop = asyncio.get_running_loop()
+        loop_time, has_swept = loop.time, asyncio.Event()
+        ahead_s, expire = 0.0, registrations.expire
+
+        def sweep(*, unheard_s: float = 0.0) -> None:
+            expire(unheard_s=unheard_s)
+            has_swept.set()
+
+        monkeypatch.setattr("router.registration.SWEEPS_PER_LEASE", 200)
+        monkeypatch.setattr(registrations, "expire", sweep)
+        registrations.register(registration_of())
+        has_swept.clear()
+        await registrations.start()
+        await asyncio.sleep(0)
+        ahead_s, clock.time_s = 60.0, clock.time_s + 60.0
+        monkeypatch.setattr(loop, "time", lambda: loop_time() + ahead_s)
+
+        await has_swept.wait()
+        await registrations.stop()
+
+        assert "node-0" in pool
 
 
 async def test_a_configured_node_is_not_displaced(tmp_path: Path) -> None:
