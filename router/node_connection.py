@@ -112,7 +112,9 @@ class NodeConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         """The parser has read the headers."""
-        self._status = self._parser.get_status_code()
+        status = self._parser.get_status_code()
+        # Those below announce another answer.
+        self._status = status if status >= 200 else None
 
     def on_body(self, data: bytes) -> None:
         """The parser has read a part of the body."""
@@ -121,6 +123,8 @@ class NodeConnection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """The parser has read all of the answer."""
+        if self._status is None:
+            return
         self._is_complete = True
         self.is_reusable = self._failure is None and self._parser.should_keep_alive()
         self._stop_timer()

@@ -132,6 +132,16 @@ async def test_a_connection_that_says_too_much_is_not_kept(
     assert server.num_connections == 2
 
 
+async def test_an_answer_that_is_announced_is_waited_for(connections: NodeConnections) -> None:
+    hints = b"HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n"
+    async with Server(lambda _: hints + answer(b"a")) as server:
+        for _ in range(2):
+            assert await ask(connections, server.url) == (200, b"a")
+        connections.close()
+
+    assert server.num_connections == 1
+
+
 async def test_silence_ends_an_answer(connections: NodeConnections) -> None:
     async with Server(lambda _: b"") as server:
         connection = await connections.take(server.url)
