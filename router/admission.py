@@ -19,6 +19,7 @@ from router.metrics import RouterMetrics
 from router.outlook import Outlook
 from router.rate_limits import Demand, Reservation, duration
 from router.translation import GenerationPlan
+from router.usage import UsageStore
 from router.waiting_room import Place, WaitingRoom
 
 MIN_RETRY_S = 1.0
@@ -50,15 +51,18 @@ class Admission:
         classes: Sequence[PriorityClass],
         outlook: Outlook,
         metrics: RouterMetrics,
+        store: UsageStore,
     ) -> None:
         self._config = config
         self._outlook = outlook
         self._metrics = metrics
+        self._store = store
         self._room = WaitingRoom(
             config.max_waiting_sequences,
             [c.name for c in sorted(classes, key=lambda c: -c.weight)],
             reserved_fraction=config.reserved_fraction,
             client_share=config.client_share,
+            store=store,
         )
 
     @property
@@ -77,9 +81,19 @@ class Admission:
         """
         num_sequences = len(plan.sequences)
         plan = self._without_hope(plan, client, now_s)
-        obstacle = self._room.obstacle(plan.node_class.name, client.name, num_sequences)
+        demand = Demand(
+            plan.num_prompt_tokens,
+            sum(sequence.sampling.max_tokens for sequence in plan.sequences),
+            num_sequences,
+        )
+        with self._store.exclusively():
+            obstacle = self._room.obstacle(plan.node_class.name, client.name, num_sequences)
+            if obstacle is None:
+                reservation = client.limiter.reserve(demand, now_s)
+                places = self._room.enter(client.name, num_sequences)
+            else:
+                share = obstacle.num_too_many / self._room.num_waiting
         if obstacle is not None:
-            share = obstacle.num_too_many / self._room.num_waiting
             raise self._refusal(
                 plan,
                 client,
@@ -87,15 +101,9 @@ class Admission:
                 code=obstacle.code,
                 wait_s=self._outlook.drain_s(now_s) * share,
             )
-        demand = Demand(
-            plan.num_prompt_tokens,
-            sum(sequence.sampling.max_tokens for sequence in plan.sequences),
-            num_sequences,
-        )
-        reservation = client.limiter.reserve(demand, now_s)
         if plan.demoted_to is not None:
             self._metrics.demotions(plan.priority_class.name).inc()
-        return plan, Lease(reservation, self._room.enter(client.name, num_sequences))
+        return plan, Lease(reservation, places)
 
     def _without_hope(self, plan: GenerationPlan, client: Client, now_s: float) -> GenerationPlan:
         """Return the plan as the policy for hopeless requests wants it, if it is one."""

@@ -51,6 +51,7 @@ from router.tokenization import Tokenization
 from router.tokenizer import Tokenizer
 from router.tool_calling import ToolCalling
 from router.translation import GenerationPlan, Sender, Translator, model_not_found
+from router.usage import OwnUsage, UsageStore
 
 _log = structlog.get_logger("router")
 
@@ -83,7 +84,8 @@ class RouterService:
         self.registrations: Registrations | None = None
         if config.registration is not None:
             self.registrations = Registrations(config.registration, self.pool, clock, self.metrics)
-        self.directory = _directory(config, clock, self.metrics)
+        store = OwnUsage()
+        self.directory = _directory(config, clock, self.metrics, store)
         self._everybody = Client.everybody(
             ServiceTerms.of_everybody(config.classes, default_class=config.default_class)
         )
@@ -92,6 +94,7 @@ class RouterService:
             [c.to_priority_class() for c in config.classes],
             FleetOutlook(self.pool.fleet, self.pool.offer),
             self.metrics,
+            store,
         )
         tool_calling = ToolCalling(config.tool_calls, tokenizer)
         self.translator = Translator(config, tokenizer, tool_calling, self.pool)
@@ -392,7 +395,7 @@ def _add_information_routes(app: FastAPI, service: RouterService) -> None:
 
 
 def _directory(
-    config: RouterConfig, clock: Clock, metrics: RouterMetrics
+    config: RouterConfig, clock: Clock, metrics: RouterMetrics, store: UsageStore
 ) -> ClientDirectory | None:
     """Return the clients; None if everybody may use the router."""
     if config.clients_file is None:
@@ -403,4 +406,5 @@ def _directory(
         clock,
         metrics,
         poll_interval_s=config.clients_poll_interval_s,
+        store=store,
     )

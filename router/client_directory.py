@@ -21,6 +21,7 @@ from router.keys import id_in, is_same
 from router.metrics import RouterMetrics
 from router.rate_limits import ClientLimiter, Limits
 from router.terms import ServiceTerms
+from router.usage import OwnUsage, UsageStore
 
 _log = structlog.get_logger("router")
 
@@ -64,8 +65,10 @@ class ClientDirectory:
         metrics: RouterMetrics,
         *,
         poll_interval_s: float,
+        store: UsageStore | None = None,
     ) -> None:
-        """Read the file at `path`.
+        """Read the file at `path`; `store` counts what its clients use, None for this directory
+        alone.
 
         Raises:
             ConfigError: it cannot be read or has mistakes.
@@ -75,6 +78,7 @@ class ClientDirectory:
         self._clock = clock
         self._metrics = metrics
         self._poll_interval_s = poll_interval_s
+        self._store = OwnUsage() if store is None else store
         self._task: asyncio.Task[None] | None = None
         self._seen = b""
         """Digest of what the last look found, valid or not."""
@@ -103,12 +107,17 @@ class ClientDirectory:
         Keys and terms of requests under way stay as they were; limits count on.
         """
         news = await asyncio.to_thread(self._look)
-        if isinstance(news, ConfigError):
+        if news is None:
+            return
+        try:
+            if isinstance(news, ConfigError):
+                raise news
+            self._apply(news)
+        except ConfigError as error:
             self._metrics.clients_reloads("invalid").inc()
             self._metrics.clients_file_is_stale.set(1)
-            _log.error("clients_file_invalid", reason=str(news), in_force="the one before")
-        elif news is not None:
-            self._apply(news)
+            _log.error("clients_file_invalid", reason=str(error), in_force="the one before")
+        else:
             self._metrics.clients_reloads("applied").inc()
             self._metrics.clients_file_is_stale.set(0)
             _log.info("clients_file_applied", num_clients=len(self._clients))
@@ -155,13 +164,20 @@ class ClientDirectory:
         return self._seen != seen
 
     def _apply(self, config: ClientsConfig) -> None:
+        """Let a file count from now on.
+
+        Raises:
+            ConfigError: as `UsageStore.of_client`; nothing has changed.
+        """
+        for described in config.clients:
+            self._store.of_client(described.name)
         clients: dict[str, Client] = {}
         keys: dict[str, tuple[KeyConfig, Client]] = {}
         for described in config.clients:
             limits = described.limits.to_limits()
             known = self._clients.get(described.name)
             if known is None:
-                limiter = ClientLimiter(described.name, limits)
+                limiter = ClientLimiter(described.name, limits, self._store)
             else:
                 limiter = known.limiter
                 limiter.set_limits(limits, self._clock.now_s())

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from router.errors import Refused, TooManyRequests
+from router.usage import BucketCells, OwnUsage, Usage, UsageStore
 
 CLOCK_RESOLUTION_S = 1e-6
 """Sums of floating-point times are this exact; nobody is sent away for less."""
@@ -30,12 +31,16 @@ class Rate:
 
 
 class RateBucket:
-    """A bucket that is full at first and fills at a steady rate."""
+    """A bucket that is full at first and fills at a steady rate.
 
-    def __init__(self, rate: Rate) -> None:
+    Other processes may take from the same one. While the clients file changes they have other
+    rates for a moment: then what is taken stays the same, and is reckoned anew.
+    """
+
+    def __init__(self, rate: Rate, cells: BucketCells | None = None) -> None:
+        """`cells` is its state, zeros if nothing was ever taken; None makes its own."""
         self._rate = rate
-        self._full_at_s = -math.inf
-        """When it will be full if nothing more is taken."""
+        self._cells = Usage().requests if cells is None else cells
 
     @property
     def rate(self) -> Rate:
@@ -52,7 +57,9 @@ class RateBucket:
 
     def full_after_s(self, now_s: float) -> float:
         """Return the seconds until it is full."""
-        return max(0.0, self._full_at_s - now_s)
+        full_at_s, per_s = self._cells
+        left_s = max(0.0, full_at_s - now_s)
+        return left_s if per_s == self._rate.per_s else left_s * per_s / self._rate.per_s
 
     def wait_s(self, amount: float, now_s: float) -> float:
         """Return the seconds until `amount`, at most `burst`, is in it; 0 if it is now."""
@@ -61,17 +68,27 @@ class RateBucket:
 
     def take(self, amount: float, now_s: float) -> None:
         """Take `amount`, whether it is there or not."""
-        self._full_at_s = max(self._full_at_s, now_s) + amount / self._rate.per_s
+        self._use_own_rate(now_s)
+        self._cells[0] = max(self._cells[0], now_s) + amount / self._rate.per_s
 
     def give_back(self, amount: float) -> None:
         """Undo a part of what was taken; what no longer fits is lost."""
-        self._full_at_s -= amount / self._rate.per_s
+        give_back(self._cells, amount)
 
     def set_rate(self, rate: Rate, now_s: float) -> None:
         """Go on with another rate; what was taken stays taken."""
-        taken = self.full_after_s(now_s) * self._rate.per_s
         self._rate = rate
-        self._full_at_s = now_s + taken / rate.per_s
+        self._use_own_rate(now_s)
+
+    def _use_own_rate(self, now_s: float) -> None:
+        if self._cells[1] != self._rate.per_s:
+            self._cells[0] = now_s + self.full_after_s(now_s)
+            self._cells[1] = self._rate.per_s
+
+
+def give_back(cells: BucketCells, amount: float) -> None:
+    """Undo a part of what was taken from the bucket with this state."""
+    cells[0] -= amount / cells[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,17 +123,25 @@ class ClientLimiter:
     from the tokens when it is accepted; what it did not use comes back when it has ended.
     """
 
-    def __init__(self, client: str, limits: Limits) -> None:
+    def __init__(self, client: str, limits: Limits, store: UsageStore | None = None) -> None:
+        """`store` counts for all processes that serve the client; None counts for this one.
+
+        Raises:
+            ConfigError: as `UsageStore.of_client`.
+        """
         self._client = client
-        self._requests = _bucket(limits.requests)
-        self._tokens = _bucket(limits.tokens)
+        self._store = OwnUsage() if store is None else store
+        self._usage = self._store.of_client(client)
+        self._requests = _bucket(limits.requests, self._usage.requests)
+        self._tokens = _bucket(limits.tokens, self._usage.tokens)
         self._max_sequences = limits.max_concurrent_sequences
-        self._num_sequences = 0
 
     def set_limits(self, limits: Limits, now_s: float) -> None:
         """Go on under other limits; what is used stays used."""
-        self._requests = _changed(self._requests, limits.requests, now_s)
-        self._tokens = _changed(self._tokens, limits.tokens, now_s)
+        usage = self._usage
+        with self._store.exclusively():
+            self._requests = _changed(self._requests, limits.requests, usage.requests, now_s)
+            self._tokens = _changed(self._tokens, limits.tokens, usage.tokens, now_s)
         self._max_sequences = limits.max_concurrent_sequences
 
     def take_request(self, now_s: float) -> None:
@@ -127,7 +152,11 @@ class ClientLimiter:
         """
         if self._requests is None:
             return
-        if wait_s := self._requests.wait_s(1, now_s):
+        with self._store.exclusively():
+            wait_s = self._requests.wait_s(1, now_s)
+            if not wait_s:
+                self._requests.take(1, now_s)
+        if wait_s:
             raise TooManyRequests(
                 f"client {self._client!r} may send {self._requests.rate.per_s:g} requests a "
                 f"second, {self._requests.rate.burst:g} at once; try again in {duration(wait_s)}",
@@ -135,7 +164,6 @@ class ClientLimiter:
                 code="rate_limit_exceeded",
                 retry_after_s=wait_s,
             )
-        self._requests.take(1, now_s)
 
     def reserve(self, demand: Demand, now_s: float) -> Reservation:
         """Take what a request may need at most.
@@ -144,16 +172,14 @@ class ClientLimiter:
             TooManyRequests: it is not free now; nothing is taken.
             Refused: it will never be free, being more than the limit.
         """
-        self._check_sequences(demand)
-        self._check_tokens(demand, now_s)
-        self._num_sequences += demand.num_sequences
-        if self._tokens is not None:
-            self._tokens.take(demand.max_tokens, now_s)
-        return Reservation(self, demand, self._tokens)
-
-    def end_sequences(self, num_sequences: int) -> None:
-        """So many answers have ended; called by their `Reservation` alone."""
-        self._num_sequences -= num_sequences
+        with self._store.exclusively():
+            self._check_sequences(demand)
+            self._check_tokens(demand, now_s)
+            self._usage.num_sequences.add(demand.num_sequences)
+            if self._tokens is not None:
+                self._tokens.take(demand.max_tokens, now_s)
+                self._usage.num_reserved_tokens.add(demand.max_tokens)
+        return Reservation(self._store, self._usage, demand, self._tokens)
 
     def headers(self, now_s: float) -> Iterator[tuple[str, str]]:
         """Yield what to tell the client, under OpenAI's names."""
@@ -165,7 +191,10 @@ class ClientLimiter:
 
     def _check_sequences(self, demand: Demand) -> None:
         limit = self._max_sequences
-        if limit is None or self._num_sequences + demand.num_sequences <= limit:
+        if limit is None:
+            return
+        num_sequences = self._usage.num_sequences.total()
+        if num_sequences + demand.num_sequences <= limit:
             return
         if demand.num_sequences > limit:
             raise Refused(
@@ -176,7 +205,7 @@ class ClientLimiter:
             )
         raise TooManyRequests(
             f"the request asks for {demand.num_sequences:,} answers, client {self._client!r} may "
-            f"have {limit:,} made at a time and {self._num_sequences:,} are; wait until some end",
+            f"have {limit:,} made at a time and {num_sequences:,} are; wait until some end",
             kind="sequences",
             code="rate_limit_exceeded",
             retry_after_s=CONCURRENCY_RETRY_S,
@@ -214,17 +243,22 @@ class ClientLimiter:
 class Reservation:
     """What an accepted request has taken, until `close`."""
 
-    def __init__(self, limiter: ClientLimiter, demand: Demand, tokens: RateBucket | None) -> None:
-        self._limiter = limiter
+    def __init__(
+        self, store: UsageStore, usage: Usage, demand: Demand, tokens: RateBucket | None
+    ) -> None:
+        self._store = store
+        self._usage = usage
         self._demand = demand
         self._tokens = tokens
         """Where its tokens were taken from, whatever the limits are by now."""
 
     def close(self, *, num_used_tokens: int) -> None:
         """Give back what the request, now ended, did not use; called once."""
-        self._limiter.end_sequences(self._demand.num_sequences)
+        self._usage.num_sequences.add(-self._demand.num_sequences)
         if self._tokens is not None:
-            self._tokens.give_back(self._demand.max_tokens - num_used_tokens)
+            with self._store.exclusively():
+                self._tokens.give_back(self._demand.max_tokens - num_used_tokens)
+                self._usage.num_reserved_tokens.add(-self._demand.max_tokens)
 
 
 def duration(seconds: float) -> str:
@@ -240,12 +274,14 @@ def duration(seconds: float) -> str:
     return f"{text}{rest / 1000:g}s"
 
 
-def _bucket(rate: Rate | None) -> RateBucket | None:
-    return None if rate is None else RateBucket(rate)
+def _bucket(rate: Rate | None, cells: BucketCells) -> RateBucket | None:
+    return None if rate is None else RateBucket(rate, cells)
 
 
-def _changed(bucket: RateBucket | None, rate: Rate | None, now_s: float) -> RateBucket | None:
+def _changed(
+    bucket: RateBucket | None, rate: Rate | None, cells: BucketCells, now_s: float
+) -> RateBucket | None:
     if bucket is None or rate is None:
-        return _bucket(rate)
+        return _bucket(rate, cells)
     bucket.set_rate(rate, now_s)
     return bucket

@@ -8,9 +8,10 @@ E. Hahne, IEEE/ACM Transactions on Networking 6(2), 1998).
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from router.usage import OwnUsage, UsageStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +34,21 @@ class WaitingRoom:
         *,
         reserved_fraction: float,
         client_share: float,
+        store: UsageStore | None = None,
     ) -> None:
-        """`class_names` go from the most to the least valuable."""
+        """`class_names` go from the most to the least valuable; `store` counts for all processes
+        that fill the room, None for this one."""
         self._num_open_to = {
             name: max(1, math.floor(num_places * (1 - reserved_fraction) ** rank))
             for rank, name in enumerate(class_names)
         }
         self._client_share = client_share
-        self._num_waiting = 0
-        self._num_waiting_of: Counter[str] = Counter()
+        self._store = OwnUsage() if store is None else store
 
     @property
     def num_waiting(self) -> int:
         """How many wait."""
-        return self._num_waiting
+        return self._store.num_waiting.total()
 
     def obstacle(self, class_name: str, client: str | None, num_sequences: int) -> Obstacle | None:
         """Return why a request may not join now; None if it may.
@@ -54,21 +56,21 @@ class WaitingRoom:
         A request finds an empty room large enough whatever its size. Without a client there is
         nobody to be fair to.
         """
-        num_open = self._num_open_to[class_name]
-        num_too_many = self._num_waiting + num_sequences - num_open
-        if self._num_waiting and num_too_many > 0:
+        num_open, num_waiting = self._num_open_to[class_name], self.num_waiting
+        num_too_many = num_waiting + num_sequences - num_open
+        if num_waiting and num_too_many > 0:
             return Obstacle(
                 "queue_full",
-                f"{self._num_waiting:,} sequences wait for their first token, and class "
+                f"{num_waiting:,} sequences wait for their first token, and class "
                 f"{class_name!r} may wait while there are no more than {num_open:,}",
-                min(num_too_many, self._num_waiting),
+                min(num_too_many, num_waiting),
             )
-        num_own = 0 if client is None else self._num_waiting_of[client]
-        num_allowed = self._client_share * (num_open - self._num_waiting)
+        num_own = 0 if client is None else self._store.of_client(client).num_waiting.total()
+        num_allowed = self._client_share * (num_open - num_waiting)
         if num_own and num_own >= num_allowed:
             return Obstacle(
                 "client_share_full",
-                f"client {client!r} has {num_own:,} of the {self._num_waiting:,} sequences that "
+                f"client {client!r} has {num_own:,} of the {num_waiting:,} sequences that "
                 f"wait for their first token, its share of the {num_open:,} places",
                 math.ceil(num_own - num_allowed) or 1,
             )
@@ -76,16 +78,17 @@ class WaitingRoom:
 
     def enter(self, client: str | None, num_sequences: int) -> tuple[Place, ...]:
         """Return a place for each sequence of a request that has no obstacle."""
-        self._num_waiting += num_sequences
-        if client is not None:
-            self._num_waiting_of[client] += num_sequences
+        self._count(client, num_sequences)
         return tuple(Place(self, client) for _ in range(num_sequences))
 
     def free(self, client: str | None) -> None:
         """Count one less; called by its `Place` alone."""
-        self._num_waiting -= 1
+        self._count(client, -1)
+
+    def _count(self, client: str | None, change: int) -> None:
+        self._store.num_waiting.add(change)
         if client is not None:
-            self._num_waiting_of[client] -= 1
+            self._store.of_client(client).num_waiting.add(change)
 
 
 class Place:

@@ -231,18 +231,19 @@ def test_other_limits_go_on_from_what_is_used() -> None:
     running.close(num_used_tokens=0)
 
 
-def test_tokens_come_back_to_where_they_were_taken_from() -> None:
-    """The limit is lifted and set again meanwhile: the new one starts full and stays so."""
+def test_a_limit_that_is_lifted_and_set_again_goes_on_from_what_is_used() -> None:
     limiter = ClientLimiter("acme", Limits(tokens=Rate(1.0, 100)))
     running = limiter.reserve(one(100), 0.0)
     limiter.set_limits(Limits(), 0.0)
+    unlimited = limiter.reserve(one(1000), 0.0)
     limiter.set_limits(Limits(tokens=Rate(1.0, 100)), 0.0)
-    limiter.reserve(one(100), 0.0)
-
-    running.close(num_used_tokens=0)
-
     with pytest.raises(TooManyRequests):
         limiter.reserve(one(1), 0.0)
+
+    running.close(num_used_tokens=40)
+    unlimited.close(num_used_tokens=0)
+
+    assert dict(limiter.headers(0.0))["x-ratelimit-remaining-tokens"] == "60"
 
 
 def test_without_limits_there_are_no_headers() -> None:
