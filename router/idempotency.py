@@ -316,6 +316,8 @@ class _KeptAnswer(Response):
             async with while_client_stays(receive, self._record):
                 async for message in self._recording.messages():
                     await send(self._marked(message))
+                    if _is_last(message):
+                        break  # A server takes the client for gone from here on.
         finally:
             self._answers.detach(self._recording)
 
@@ -325,6 +327,11 @@ class _KeptAnswer(Response):
         # A copy each: whoever sends it adds headers of this exchange.
         marks = [REPLAYED_HEADER] if self._is_replay else []
         return {**message, "headers": [*message["headers"], *marks]}
+
+
+def _is_last(message: Message) -> bool:
+    """Return whether a response ends with this message."""
+    return message["type"] == "http.response.body" and not message.get("more_body", False)
 
 
 async def _never_receive() -> Message:

@@ -62,6 +62,8 @@ def test_a_repeated_request_gets_the_same_answer_without_another_generation(
     assert [a.headers.get("idempotent-replayed") for a in answers] == [None, "true", "true"]
     assert len({answer.headers["x-request-id"] for answer in answers}) == 3
     assert router.metric("proserve_router_idempotent_replays_total") == 2
+    disconnects = 'proserve_router_client_disconnects_total{priority_class="normal"}'
+    assert router.metric(disconnects) == 0
 
 
 def test_a_router_that_was_started_anew_draws_the_same_answers_again(
