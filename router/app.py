@@ -52,6 +52,9 @@ from router.tokenizer import Tokenizer
 from router.tool_calling import ToolCalling
 from router.translation import GenerationPlan, Sender, Translator, model_not_found
 from router.usage import OwnUsage, UsageStore
+from router.worker_gate import WorkerGate
+from router.worker_metrics import WorkerMetrics
+from router.workers import WorkerSeat
 
 _log = structlog.get_logger("router")
 
@@ -68,7 +71,13 @@ class RouterService:
     """What the routes share. Belongs to one event loop, that of its application's lifespan."""
 
     def __init__(
-        self, config: RouterConfig, tokenizer: Tokenizer, clock: Clock, tracing: Tracing | None
+        self,
+        config: RouterConfig,
+        tokenizer: Tokenizer,
+        clock: Clock,
+        *,
+        tracing: Tracing | None,
+        seat: WorkerSeat | None,
     ) -> None:
         self.config = config
         self.tracing = tracing
@@ -84,7 +93,7 @@ class RouterService:
         self.registrations: Registrations | None = None
         if config.registration is not None:
             self.registrations = Registrations(config.registration, self.pool, clock, self.metrics)
-        store = OwnUsage()
+        store = OwnUsage() if seat is None else seat.usage()
         self.directory = _directory(config, clock, self.metrics, store)
         self._everybody = Client.everybody(
             ServiceTerms.of_everybody(config.classes, default_class=config.default_class)
@@ -118,7 +127,10 @@ class RouterService:
             clock=clock,
             open_requests=self.open_requests,
         )
-        self.kept_answers = KeptAnswers(config.idempotency, clock, self.metrics)
+        self.kept_answers = KeptAnswers(
+            config.idempotency.part_of(config.num_workers), clock, self.metrics
+        )
+        self.worker = None if seat is None else WorkerMetrics(seat, self.own_metrics)
 
     async def start(self) -> None:
         """Begin to follow the nodes and the clients file."""
@@ -141,6 +153,18 @@ class RouterService:
         self.client.close()
         if self.tracing is not None:
             await asyncio.to_thread(self.tracing.close)
+        if self.worker is not None:
+            await self.worker.fellows.close()
+
+    async def own_metrics(self) -> str:
+        """Return what this process has counted, as Prometheus text."""
+        text = await asyncio.to_thread(
+            self.metrics.render,
+            self.pool.obstacles(self.clock.now_s()),
+            num_waiting=self.admission.num_waiting,
+            num_sequences=self.pool.num_sequences(),
+        )
+        return text.decode()
 
     def identify(self, request: Request) -> Client:
         """Return who sends a request; without a clients file, everybody.
@@ -239,11 +263,12 @@ def create_app(
     tokenizer: Tokenizer | None = None,
     clock: Clock | None = None,
     tracing: Tracing | None = None,
+    seat: WorkerSeat | None = None,
 ) -> FastAPI:
     """Return the router's ASGI application; its lifespan is that of the connections to nodes.
 
     Without `tokenizer` the one of `config.engine_dir` is loaded; `tracing` takes the place of what
-    `config.tracing` says. `app.state.end_open_requests`
+    `config.tracing` says; `seat` is that of one of several workers. `app.state.end_open_requests`
     is for its server, to be called on its event loop: from then on every generation, those under
     way and those to come, fails with NodeUnavailable.
 
@@ -256,7 +281,8 @@ def create_app(
         config,
         tokenizer or Tokenizer.from_engine_dir(config.engine_dir),
         clock or MonotonicClock(),
-        tracing or tracing_of(config.tracing, service_name="proserve-router"),
+        tracing=tracing or tracing_of(config.tracing, service_name="proserve-router"),
+        seat=seat,
     )
 
     @asynccontextmanager
@@ -273,6 +299,8 @@ def create_app(
     )
     app.state.end_open_requests = service.open_requests.end_all
     app.add_middleware(AccessLog, clock=service.clock, metrics=service.metrics)
+    if service.worker is not None:
+        app.add_middleware(WorkerGate, worker=service.worker)
     _add_generation_routes(app, service)
     _add_tokenizer_routes(app, service)
     _add_information_routes(app, service)
@@ -384,14 +412,8 @@ def _add_information_routes(app: FastAPI, service: RouterService) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        obstacles = service.pool.obstacles(service.clock.now_s())
-        text = await asyncio.to_thread(
-            service.metrics.render,
-            obstacles,
-            num_waiting=service.admission.num_waiting,
-            num_sequences=service.pool.num_sequences(),
-        )
-        return Response(text, media_type=CONTENT_TYPE)
+        render = service.own_metrics if service.worker is None else service.worker.of_all
+        return Response(await render(), media_type=CONTENT_TYPE)
 
 
 def _directory(

@@ -144,6 +144,15 @@ class IdempotencyConfig(BaseModel):
     abandon_after_s: PositiveFloat = 30.0
     """An answer that is being made and that no client has read for this long is given up."""
 
+    def part_of(self, num_workers: int) -> Self:
+        """Return what one of so many workers keeps; keys are spread evenly over them."""
+        return self.model_copy(
+            update={
+                "max_answers": max(1, self.max_answers // num_workers),
+                "max_bytes": ByteSize(max(1, self.max_bytes // num_workers)),
+            }
+        )
+
 
 class ToolCallsConfig(BaseModel):
     """How the model calls functions."""
@@ -184,6 +193,10 @@ class RouterSettings(RoutingConfig):
 
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """TCP port to listen on; 0 takes any free one."""
+
+    num_workers: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that serve the port together. Limits, places and answers that are kept count for
+    all of them; each follows the nodes by itself. Take one for each core that the router has."""
 
     classes: Annotated[tuple[ServiceClassConfig, ...], Field(min_length=1)] = DEFAULT_CLASSES
     """The service classes on offer."""

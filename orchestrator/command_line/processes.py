@@ -11,6 +11,9 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 import uvicorn
@@ -31,6 +34,20 @@ def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
+def stop_signal() -> asyncio.Future[None]:
+    """Return a future that is done once this process was asked to stop, by Ctrl-C or SIGTERM."""
+    loop = asyncio.get_running_loop()
+    stopping: asyncio.Future[None] = loop.create_future()
+
+    def stop() -> None:
+        if not stopping.done():
+            stopping.set_result(None)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    return stopping
+
+
 def become(command: Sequence[str]) -> NoReturn:
     """Replace this process by a command that ends with the process that started us, and that
     Ctrl-C in the terminal does not reach."""
@@ -39,16 +56,70 @@ def become(command: Sequence[str]) -> NoReturn:
     os.execvp(command[0], list(command))
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerSockets:
+    """Where one of several processes that serve a port together listens."""
+
+    public: socket.socket
+    """Bound with SO_REUSEPORT, so that the kernel gives each process a part of the connections."""
+
+    private_path: Path
+    """Of a Unix socket, for the other processes."""
+
+
+def bound_socket(host: str, port: int, *, is_shared: bool) -> socket.socket:
+    """Return a socket that is bound to a port and does not listen yet.
+
+    One that `is_shared` has the port together with other processes, if they are of the same user
+    and share it too.
+
+    Raises:
+        OSError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if is_shared:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        bound.bind((host, port))
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
+async def listen_privately(server: uvicorn.Server, path: Path) -> None:
+    """Have a server that has started listen on a Unix socket as well, in the place of a process
+    that was killed."""
+    protocol: Callable[..., asyncio.Protocol] = server.config.http_protocol_class
+    make_protocol = partial(
+        protocol,
+        config=server.config,
+        server_state=server.server_state,
+        app_state=server.lifespan.state,
+    )
+    loop = asyncio.get_running_loop()
+    server.servers.append(await loop.create_unix_server(make_protocol, str(path)))
+
+
 class _GracefulServer(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
         begin_shutdown: Callable[[], Awaitable[None]] | None,
         end_open_requests: Callable[[], None],
+        private_path: Path | None,
     ) -> None:
         super().__init__(config)
         self._begin_shutdown = begin_shutdown
         self._end_open_requests = end_open_requests
+        self._private_path = private_path
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._private_path is not None:
+            await listen_privately(self, self._private_path)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
@@ -62,11 +133,17 @@ class _GracefulServer(uvicorn.Server):
 
 
 def serve_http(
-    app: FastAPI, *, host: str, port: int, protocol: type[asyncio.Protocol] | None = None
+    app: FastAPI,
+    *,
+    host: str,
+    port: int,
+    protocol: type[asyncio.Protocol] | None = None,
+    worker: WorkerSockets | None = None,
 ) -> int:
     """Serve `app` until SIGTERM or Ctrl-C, let open requests end, and return an exit status.
 
     `protocol` is for HTTP/1.1; None takes uvicorn's own, for those whose clients are trusted.
+    `worker` takes the place of host and port in one of several processes.
 
     First `app.state.begin_shutdown` is called, if there is one, while new requests are still
     answered. Those that have not ended by themselves when the grace is over are ended through
@@ -89,10 +166,11 @@ def serve_http(
         ),
         getattr(app.state, "begin_shutdown", None),
         app.state.end_open_requests,
+        None if worker is None else worker.private_path,
     )
     # What is loaded by now stays. Looking through it for garbage takes a router 55 ms each time
     # (AMD EPYC, busy), in which no stream goes on.
     gc.collect()
     gc.freeze()
-    server.run()
+    server.run(None if worker is None else [worker.public])
     return 0 if server.started else 1

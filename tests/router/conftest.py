@@ -21,6 +21,7 @@ from router.app import create_app
 from router.config import EndpointConfig, RouterConfig
 from router.http_protocol import GuardedHttpProtocol
 from router.tokenizer import Tokenizer
+from router.workers import WorkerSeat
 from tests.router.fake_node import FakeNode
 from tests.router.servers import DEADLINE_S, RunningServer
 
@@ -108,15 +109,17 @@ def start_router(engine_dir: Path, tokenizer: Tokenizer) -> RouterFactory:
         clock = settings.pop("clock", None)
         protocol = settings.pop("protocol", GuardedHttpProtocol)
         tracer = settings.pop("tracer", None)
+        seat: WorkerSeat | None = settings.pop("seat", None)
         config = RouterConfig(
             engine_dir=engine_dir,
             model="tiny",
             nodes=tuple(EndpointConfig(endpoint_id=i, url=url) for i, url in nodes),
             **{"snapshot_poll_interval_s": 0.02, **settings},
         )
-        app = create_app(config, tokenizer=used_tokenizer, clock=clock, tracing=tracer)
+        app = create_app(config, tokenizer=used_tokenizer, clock=clock, tracing=tracer, seat=seat)
+        private_path = None if seat is None else seat.socket_path(seat.index)
         with (
-            RunningServer(app, protocol=protocol) as server,
+            RunningServer(app, protocol=protocol, private_path=private_path) as server,
             httpx.Client(
                 base_url=server.url, timeout=DEADLINE_S, trust_env=False, verify=False
             ) as http,

@@ -8,11 +8,14 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import uvicorn
 from starlette.types import ASGIApp
+
+from orchestrator.command_line.processes import listen_privately
 
 DEADLINE_S = 20.0
 """No wait in these tests lasts longer; reaching it is a failure."""
@@ -40,14 +43,17 @@ def http_post(path: str, body: object, *, headers: Mapping[str, str] | None = No
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, private_path: Path | None) -> None:
         super().__init__(config)
+        self._private_path = private_path
         self.has_begun = threading.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         self._must_end = asyncio.Event()
         await super().startup(sockets)
+        if self._private_path is not None:
+            await listen_privately(self, self._private_path)
         self.has_begun.set()
 
     async def main_loop(self) -> None:
@@ -64,7 +70,12 @@ class RunningServer:
     """Serves `app` while in its context."""
 
     def __init__(
-        self, app: ASGIApp, *, port: int = 0, protocol: type[asyncio.Protocol] | None = None
+        self,
+        app: ASGIApp,
+        *,
+        port: int = 0,
+        protocol: type[asyncio.Protocol] | None = None,
+        private_path: Path | None = None,
     ) -> None:
         self._socket = bound_socket(port)
         self.port: int = self._socket.getsockname()[1]
@@ -79,7 +90,8 @@ class RunningServer:
                 timeout_graceful_shutdown=1,
                 log_config=None,
                 access_log=False,
-            )
+            ),
+            private_path,
         )
         self._thread = threading.Thread(
             target=self._server.run, args=([self._socket],), daemon=True

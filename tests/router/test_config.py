@@ -4,9 +4,9 @@ import math
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import ByteSize, ValidationError
 
-from router.config import EndpointConfig, RouterConfig, ServiceClassConfig
+from router.config import EndpointConfig, IdempotencyConfig, RouterConfig, ServiceClassConfig
 
 VALID: dict[str, Any] = {
     "engine_dir": "engine",
@@ -86,3 +86,12 @@ def test_a_router_may_have_only_nodes_that_register() -> None:
     settings = VALID | {"nodes": [], "registration": {"secret_file": "secret"}}
 
     assert RouterConfig.model_validate(settings).nodes == ()
+
+
+def test_each_of_several_workers_keeps_its_part_of_the_answers() -> None:
+    config = IdempotencyConfig(max_answers=1000, max_bytes=ByteSize(4000), keep_s=5.0)
+
+    assert config.part_of(4) == IdempotencyConfig(
+        max_answers=250, max_bytes=ByteSize(1000), keep_s=5.0
+    )
+    assert config.part_of(1) == config
