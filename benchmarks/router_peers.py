@@ -8,7 +8,8 @@ All routers stand before the same two mock workers and have one core to themselv
 load generator have another. The cells of all targets are interleaved. CPU per request is that of
 all processes of a target; ratios are to the passthrough in the same round. Answers have the same
 64 tokens (32 in timed64), prompts 1.5 kB of English. Ours does more than pass on: it tokenizes the
-prompt, chooses a node by predicted gain, and turns every token into text.
+prompt, chooses a node by predicted gain, and turns every token into text. ours-2-workers shows
+what it costs to count limits together, on the same one core.
 
     stream64    64 connections, server-sent events, tokens without pauses
     plain64     64 connections, whole answers, all tokens at once

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -66,7 +67,7 @@ def free_port() -> int:
         return port
 
 
-def _ours(place: Place) -> list[str]:
+def _ours(place: Place, *, num_workers: int = 1) -> list[str]:
     """Return our router with everything on: GoRouting, keys, limits that are counted and never
     reached, metrics, and a log line for each request."""
     clients = place.directory / "clients.yaml"
@@ -81,6 +82,7 @@ def _ours(place: Place) -> list[str]:
     config = place.directory / "router.yaml"
     settings = {
         "port": place.port,
+        "num_workers": num_workers,
         "engine_dir": str(ENGINE_DIR),
         "model": MODEL,
         "policy": "gorouting",
@@ -166,6 +168,7 @@ class _DebianTarget(Target):
 
 TARGETS = (
     Target("ours", _ours),
+    Target("ours-2-workers", partial(_ours, num_workers=2)),
     Target("passthrough", _passthrough),
     Target(
         "sglang-router",

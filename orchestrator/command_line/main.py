@@ -87,23 +87,33 @@ def node(file: ConfigFile, *, die_with_parent: DieWithParent = False) -> None:
 
 
 @app.command()
-def router(file: ConfigFile, *, die_with_parent: DieWithParent = False) -> None:
+def router(
+    file: ConfigFile,
+    *,
+    die_with_parent: DieWithParent = False,
+    worker: Annotated[
+        int | None, typer.Option(help="Be this one of the router's workers.", hidden=True)
+    ] = None,
+    worker_directory: Annotated[
+        Path | None, typer.Option(help="Where its workers meet.", hidden=True)
+    ] = None,
+) -> None:
     """Run one router: the OpenAI-compatible service in front of the nodes."""
-    from orchestrator.command_line import processes
+    from orchestrator.command_line import processes, router_workers
     from orchestrator.command_line.logs import configure_logging
     from orchestrator.yaml_config import load_yaml_model
-    from router.app import create_app
     from router.config import RouterConfig
-    from router.http_protocol import GuardedHttpProtocol
 
     if die_with_parent:
         processes.die_with_parent()
     config = load_yaml_model(file, RouterConfig)
+    if worker is not None and worker_directory is not None:
+        configure_logging(component=f"router-{worker}")
+        raise typer.Exit(router_workers.run_worker(config, worker, worker_directory))
     configure_logging(component="router")
-    status = processes.serve_http(
-        create_app(config), host=config.host, port=config.port, protocol=GuardedHttpProtocol
-    )
-    raise typer.Exit(status)
+    if config.num_workers > 1:
+        raise typer.Exit(asyncio.run(router_workers.run_workers(config)))
+    raise typer.Exit(router_workers.run_alone(config))
 
 
 @app.command()

@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
-import socket
 import sys
 import tempfile
 import time
@@ -21,7 +19,13 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from orchestrator.command_line.deployment import DeploymentConfig, PlacedNode, local_url
-from orchestrator.command_line.service import Service, StartFailed
+from orchestrator.command_line.processes import bound_socket, stop_signal
+from orchestrator.command_line.service import (
+    Service,
+    StartFailed,
+    cancel_all,
+    wait_until_all_healthy,
+)
 from orchestrator.command_line.supervisor import keep_running
 from orchestrator.config import NodeConfig
 from orchestrator.core.errors import ConfigError
@@ -45,7 +49,7 @@ async def serve(config: DeploymentConfig, *, start_timeout_s: float, console: Co
     placed_nodes = config.placed_nodes()
     _check_ports_are_free([placed.config for placed in placed_nodes], config.router)
     router_config = config.router_config()
-    stopping = _stop_signal()
+    stopping = stop_signal()
     announce = partial(console.print, soft_wrap=True, highlight=False, markup=False)
     async with contextlib.AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="proserve-serve-")))
@@ -56,7 +60,7 @@ async def serve(config: DeploymentConfig, *, start_timeout_s: float, console: Co
         for service in [*nodes, router]:
             stack.push_async_callback(service.stop)
             await service.start()
-        ready = asyncio.create_task(_wait_until_healthy([*nodes, router], start_timeout_s))
+        ready = asyncio.create_task(wait_until_all_healthy([*nodes, router], start_timeout_s))
         await _first_of(ready, stopping)
         if stopping.done():
             ready.cancel()
@@ -71,7 +75,7 @@ async def serve(config: DeploymentConfig, *, start_timeout_s: float, console: Co
             announce=announce,
         )
         supervising = [asyncio.create_task(keep(service)) for service in [router, *nodes]]
-        stack.push_async_callback(_cancel, supervising)
+        stack.push_async_callback(cancel_all, supervising)
         ended = await _wait_for_end(supervising[0], supervising[1:], stopping)
         if ended is not None:
             announce(f"{ended}; stopping")
@@ -120,16 +124,6 @@ def _service(
     return Service(name, url, arguments, environment, needs_others=command == "router")
 
 
-async def _wait_until_healthy(services: Sequence[Service], timeout_s: float) -> None:
-    waiting = [asyncio.create_task(service.wait_until_healthy(timeout_s)) for service in services]
-    try:
-        done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
-        for task in done:
-            task.result()
-    finally:
-        await _cancel(waiting)
-
-
 async def _wait_for_end(
     keeping_router: asyncio.Task[None],
     keeping_nodes: Sequence[asyncio.Task[None]],
@@ -147,7 +141,7 @@ async def _wait_for_end(
         no_node_left.result()
         return "no node is left"
     finally:
-        await _cancel([no_node_left])
+        await cancel_all([no_node_left])
 
 
 async def _wait_for_all(tasks: Sequence[asyncio.Task[None]]) -> None:
@@ -155,41 +149,18 @@ async def _wait_for_all(tasks: Sequence[asyncio.Task[None]]) -> None:
         await task
 
 
-async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
 def _check_ports_are_free(nodes: Sequence[NodeConfig], router: RouterSettings) -> None:
     for name, host, port in [
         *((node.endpoint_id, node.host, node.port) for node in nodes),
         ("router", router.host, router.port),
     ]:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                raise StartFailed(
-                    f"{name} cannot listen on {host} port {port}: {error.strerror}; stop what "
-                    "listens there, or choose another in the deployment file"
-                ) from error
-
-
-def _stop_signal() -> asyncio.Future[None]:
-    """Return a future that is done once this process was asked to stop."""
-    loop = asyncio.get_running_loop()
-    stopping: asyncio.Future[None] = loop.create_future()
-
-    def stop() -> None:
-        if not stopping.done():
-            stopping.set_result(None)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop)
-    return stopping
+        try:
+            bound_socket(host, port, is_shared=False).close()
+        except OSError as error:
+            raise StartFailed(
+                f"{name} cannot listen on {host} port {port}: {error.strerror}; stop what "
+                "listens there, or choose another in the deployment file"
+            ) from error
 
 
 async def _first_of(*futures: asyncio.Future[Any]) -> None:

@@ -8,7 +8,9 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import httpx
 
@@ -42,10 +44,13 @@ class Service:
         environment: Mapping[str, str] = MappingProxyType({}),
         *,
         needs_others: bool = False,
+        socket_path: Path | None = None,
     ) -> None:
         """`environment` is what the process has on top of ours. One that `needs_others` is as
-        healthy as they are: a router without nodes answers 503 and is none the worse for it."""
+        healthy as they are: a router without nodes answers 503 and is none the worse for it. With
+        `socket_path` it is asked for its health through that Unix socket."""
         self._needs_others = needs_others
+        self._socket_path = None if socket_path is None else str(socket_path)
         self.name = name
         self.url = url
         self._command = tuple(command)
@@ -98,7 +103,7 @@ class Service:
     ) -> None:
         deadline_s = time.monotonic() + timeout_s
         reason = "it does not answer"
-        async with httpx.AsyncClient(timeout=HEALTH_TIMEOUT_S) as client:
+        async with self._http_client() as client:
             while True:
                 if (status := self._running().returncode) is not None:
                     raise StartFailed(
@@ -125,7 +130,7 @@ class Service:
         """
         process = self._running()
         healthy_at_s = time.monotonic()
-        async with httpx.AsyncClient(timeout=HEALTH_TIMEOUT_S) as client:
+        async with self._http_client() as client:
             while True:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(HEALTH_WATCH_S):
@@ -147,6 +152,10 @@ class Service:
     def _is_well(self, answer: httpx.Response) -> bool:
         return self._is_healthy(answer) or (self._needs_others and not _is_final(answer))
 
+    def _http_client(self) -> httpx.AsyncClient:
+        transport = httpx.AsyncHTTPTransport(uds=self._socket_path) if self._socket_path else None
+        return httpx.AsyncClient(transport=transport, timeout=HEALTH_TIMEOUT_S)
+
     async def _check(self, client: httpx.AsyncClient) -> httpx.Response | None:
         with contextlib.suppress(httpx.TransportError):
             return await client.get(f"{self.url}/health")
@@ -164,3 +173,25 @@ def _is_final(answer: httpx.Response) -> bool:
 
 def _message(answer: httpx.Response) -> str:
     return str(answer.json()["message"])
+
+
+async def wait_until_all_healthy(services: Sequence[Service], timeout_s: float) -> None:
+    """Return when all services are healthy.
+
+    Raises:
+        StartFailed: one is not, as `Service.wait_until_healthy`.
+    """
+    waiting = [asyncio.create_task(service.wait_until_healthy(timeout_s)) for service in services]
+    try:
+        done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+    finally:
+        await cancel_all(waiting)
+
+
+async def cancel_all(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancel tasks, and return when they have ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
