@@ -56,7 +56,8 @@ class KeyConfig(BaseModel):
 
 
 class LimitsConfig(BaseModel):
-    """How much one client may use. They hold for each router process by itself."""
+    """How much one client may use. They hold for each router by itself, over all its
+    workers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 

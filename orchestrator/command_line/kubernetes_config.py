@@ -129,7 +129,8 @@ class RouterPodsConfig(PodsConfig):
     """The pods of the routers."""
 
     num_cpus: PositiveFloat = 1.0
-    """Cores that each asks for; a router process uses one."""
+    """Cores that each asks for; a router uses one for each of its
+    workers."""
 
     memory_bytes: Annotated[ByteSize, Field(gt=0)] = ByteSize(2 * _GIB)
     """Main memory of each, which it may not exceed."""

@@ -32,7 +32,7 @@ START_TIMEOUT_S = 120.0
 """Until a worker listens; it loads a tokenizer."""
 
 _RESTARTS = RestartConfig(max_unhealthy_s=15.0)
-"""Of a worker that hangs nobody else takes the new connections, so it gets less time than a node."""
+"""A worker that hangs gets less time than a node: nobody else takes its new connections."""
 
 _MEMORY_DIR = Path("/dev/shm")
 """Files of Linux that never reach a disk, which could keep the workers waiting."""
