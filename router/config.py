@@ -304,6 +304,13 @@ class RouterSettings(RoutingConfig):
                 f"snapshot_poll_interval_s, {self.snapshot_poll_interval_s}",
             )
 
+        if self.num_workers > 1 and self.registration is not None:
+            yield (
+                ("num_workers",),
+                f"num_workers is {self.num_workers}, but a node registers with one worker and the "
+                "others would not know it; set it to 1, or list nodes and remove registration",
+            )
+
     def retry_rules(self) -> RetryRules:
         """Return when a sequence that lost its node is sent to another one."""
         return RetryRules(

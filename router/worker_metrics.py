@@ -16,6 +16,7 @@ from router.workers import Fellows, WorkerSeat
 LARGEST = frozenset(
     {
         "proserve_router_waiting_sequences",
+        "proserve_router_registered_nodes",
         "proserve_router_clients_file_is_stale",
         "proserve_router_clients_file_reloads_total",
     }

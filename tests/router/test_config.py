@@ -47,6 +47,12 @@ def test_a_node_address_loses_its_last_slash() -> None:
         pytest.param({"max_snapshot_age_s": 0.1}, "must exceed", id="age below poll interval"),
         pytest.param({"policy": "best"}, "least-load", id="policy"),
         pytest.param({"port": 70000}, "65535", id="port"),
+        pytest.param({"num_workers": 0}, "greater than or equal to 1", id="no worker"),
+        pytest.param(
+            {"num_workers": 2, "registration": {"secret_file": "secret"}},
+            "a node registers with one worker",
+            id="workers that would not know of each other's nodes",
+        ),
         pytest.param({"prot": 80}, "prot", id="unknown key"),
         pytest.param(
             {"classes": [{"name": "normal", "weight": math.inf}]}, "finite", id="infinite weight"
