@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from engines.block_copies import CopyBlocks
 from engines.kv_pool import KVLayout, KVPool
 from engines.torch_engine import TorchEngine
 from tests.engines.copies import slow_copies
@@ -47,10 +48,12 @@ def test_bfloat16_runs_on_cuda() -> None:
 
 @pytest.mark.parametrize("waits_for_transfers", [False, True])
 @pytest.mark.parametrize("num_layer_groups", [1, 4])
+@pytest.mark.parametrize("copy_blocks", [slow_copies, None], ids=["late", "its own"])
 def test_blocks_that_were_offloaded_come_back_in_the_step_that_reads_them(
-    num_layer_groups: int, *, waits_for_transfers: bool
+    copy_blocks: CopyBlocks | None, num_layer_groups: int, *, waits_for_transfers: bool
 ) -> None:
-    """As on the CPU: copies are late, and the pool was overwritten in between."""
+    """As on the CPU, with copies that are late and with the engine's own; the pool was overwritten
+    in between."""
     config = tiny_config(num_hidden_layers=5)
     generator = random.Random(0)
     prompts = {
@@ -74,7 +77,7 @@ def test_blocks_that_were_offloaded_come_back_in_the_step_that_reads_them(
         num_device_blocks=70,
         num_host_blocks=40,
         num_layer_groups=num_layer_groups,
-        copy_blocks=slow_copies,
+        copy_blocks=copy_blocks,
     )
     driver = make_driver(engine)
     moved = ("17", "24", "35")
