@@ -162,13 +162,14 @@ def measure(client: LoadClient, url: str, num_requests: int) -> dict[str, Any]:
 
 
 def keep_reports(figures: Mapping[str, Mapping[str, Any]]) -> None:
-    """Copy the clients' reports to the results."""
+    """Copy the clients' reports to the results, without the path of this checkout."""
     target = RESULTS / "load_clients"
     target.mkdir(parents=True, exist_ok=True)
     for client in CLIENTS:
         if "skipped" not in figures[client.name]:
             for name in client.reports:
-                shutil.copy(ROOT / OUTPUT_DIR / name, target / name)
+                text = (ROOT / OUTPUT_DIR / name).read_text()
+                (target / name).write_text(text.replace(f"{ROOT}/", ""))
 
 
 def main() -> None:
