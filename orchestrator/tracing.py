@@ -1,6 +1,6 @@
 """Spans of requests for OpenTelemetry, from router to node.
 
-Nothing of OpenTelemetry is imported before tracing is switched on, and a request without a span
+OpenTelemetry's SDK is not imported before tracing is switched on, and a request without a span
 costs a comparison with None. Spans say how long what took, never what a prompt or an answer says.
 """
 

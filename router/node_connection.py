@@ -126,7 +126,9 @@ class NodeConnection(asyncio.Protocol):
         if self._status is None:
             return
         self._is_complete = True
-        self.is_reusable = self._failure is None and self._parser.should_keep_alive()
+        # A node may answer before it has all of the request, and never read the rest.
+        is_sent = self._transport.get_write_buffer_size() == 0
+        self.is_reusable = is_sent and self._failure is None and self._parser.should_keep_alive()
         self._stop_timer()
 
     def _expect_answer(self, stall_timeout_s: float) -> None:

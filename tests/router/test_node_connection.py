@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 import httptools
@@ -188,3 +189,34 @@ class RecordingTransport:
 
     def abort(self) -> None:
         self.calls.append("abort")
+
+
+async def test_a_connection_on_which_a_request_is_stuck_is_not_used_again(
+    connections: NodeConnections,
+) -> None:
+    """The node refuses by the head alone; the body is more than the kernel takes in."""
+    request = b"POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 20000000\r\n\r\n" + bytes(
+        20_000_000
+    )
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer(b"too much"))
+        await is_over.wait()
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+    is_over = asyncio.Event()
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    async with server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        connection = await connections.take(url)
+        await connection.ask(request, stall_timeout_s=STALL_TIMEOUT_S)
+        body = await connection.read_all()
+
+        assert (body, connection.is_reusable) == (b"too much", False)
+        connections.give_back(url, connection)
+        is_over.set()
+        server.close()
+        await server.wait_closed()
