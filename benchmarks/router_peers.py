@@ -44,11 +44,11 @@ from benchmarks.peers.targets import (
     TARGETS,
     Place,
     Target,
-    free_port,
 )
 from benchmarks.shared.peer_environments import NotInstallable
 from benchmarks.shared.reporting import argument_parser, report
 from router.tokenizer import Tokenizer
+from tests.integration.deployments import free_port
 
 TARGET_CORE, LOAD_CORE = 0, 1
 START_TIMEOUT_S = 120.0

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in about four minutes, on a machine with PyTorch and Triton alone: the tests
+# What needs a GPU, in about four minutes, on a machine with PyTorch and Triton alone: the tests
 # first, then the benchmarks in the form that the first argument asks for (--quick, or nothing).
 # Logs and results go to $OUT, or to the current folder. What has run before the time is over stays.
 set -u
