@@ -1,4 +1,5 @@
-"""The router's side of HTTP/1.1: uvicorn's, which never gives up a request whose head does not end.
+"""The router's side of HTTP/1.1: uvicorn's, which never gives up a request whose head does not end
+nor a client that reads nothing.
 
 Once its head is there, a request is the application's, which bounds its body in size and time.
 """
@@ -27,9 +28,14 @@ class GuardedHttpProtocol(OneWriteProtocol):
     max_head_bytes = 65_536
     """Of request line and headers that have not ended; browsers and proxies send at most 16 kB."""
 
+    unread_timeout_s = 60.0
+    """A client that takes nothing of an answer for this long, while more waits than is buffered,
+    loses its connection; else it would hold its place, and its node's, for ever."""
+
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self._head_timer: asyncio.TimerHandle | None = None
+        self._unread_timer: asyncio.TimerHandle | None = None
         self._is_in_head = True
         self._num_head_bytes = 0
 
@@ -41,7 +47,18 @@ class GuardedHttpProtocol(OneWriteProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is waited for any more."""
         self._stop_waiting()
+        self._stop_watching_reader()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """More waits for the client than should be buffered."""
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        """The client has read enough of it."""
+        super().resume_writing()
+        self._stop_watching_reader()
 
     def data_received(self, data: bytes) -> None:
         """Read on, unless the head gets too long."""
@@ -83,6 +100,21 @@ class GuardedHttpProtocol(OneWriteProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _watch_reader(self) -> None:
+        unread = self.transport.get_write_buffer_size()
+        self._unread_timer = self.loop.call_later(self.unread_timeout_s, self._check_reader, unread)
+
+    def _check_reader(self, num_bytes_before: int) -> None:
+        if self.transport.get_write_buffer_size() < num_bytes_before:
+            self._watch_reader()
+        else:
+            self.transport.abort()
+
+    def _stop_watching_reader(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
 
     def _give_up(self) -> None:
         if self._num_head_bytes == 0:  # Idle, or still sending the body of what was refused.

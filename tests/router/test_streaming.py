@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 
 from orchestrator.core.ports import TokenLogprobs
 from orchestrator.core.request import FinishReason
 from orchestrator.wire import TokenEvent
+from router.http_protocol import GuardedHttpProtocol
 from router.tokenizer import Tokenizer
 from tests.router import sse
 from tests.router.conftest import RouterFactory, RunningRouter
@@ -298,3 +300,28 @@ def test_a_slow_reader_gets_everything(router: RunningRouter, node: FakeNode) ->
 
     assert done == "[DONE]"
     assert sum(len(c["choices"][0]["text"]) for c in chunks) == 4_000 * 50 + 1
+
+
+class Impatient(GuardedHttpProtocol):
+    unread_timeout_s = 0.2
+
+
+def test_a_client_that_reads_nothing_does_not_hold_its_place_for_ever(
+    node: FakeNode, start_router: RouterFactory
+) -> None:
+    """More text is made for it than sockets buffer; only the router can call the node off."""
+    node.script = lambda _: [*[TokenEvent((70,) * 50)] * 40_000, Stall()]
+    body = json.dumps(COMPLETION).encode()
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nhost: router\r\n"
+        b"content-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    )
+
+    with (
+        start_router([(node.endpoint_id, node.url)], protocol=Impatient) as router,
+        router.connect() as connection,
+    ):
+        connection.sendall(head % len(body) + body)
+        node.wait_until(lambda n: len(n.requests) == 1, "the node has the request")
+
+        node.wait_until(lambda n: len(n.aborted_ids) == 1, "the node was told that nobody reads")
