@@ -255,10 +255,13 @@ def merged(generators: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
 
 async def _merged(generators: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
     queue: asyncio.Queue[T | asyncio.Task[None]] = asyncio.Queue()
+    # So a client that reads slowly slows its nodes down, and fills nothing here.
+    room = asyncio.Semaphore(len(generators))
 
     async def pump(generator: AsyncGenerator[T]) -> None:
         async with aclosing(generator) as values:
             async for value in values:
+                await room.acquire()
                 queue.put_nowait(value)
 
     tasks = [asyncio.create_task(pump(generator)) for generator in generators]
@@ -272,6 +275,7 @@ async def _merged(generators: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
                 item.result()
                 num_open -= 1
             else:
+                room.release()
                 yield item
     finally:
         for task in tasks:

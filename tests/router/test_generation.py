@@ -6,15 +6,19 @@ import asyncio
 import json
 import shutil
 import sys
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orchestrator.core.errors import NodeUnavailable
 from orchestrator.core.ports import TokenLogprobs
 from orchestrator.core.request import FinishReason
 from orchestrator.wire import GenerateRequest, TokenEvent
 from router.errors import Refused
+from router.generation import merged
 from router.output_form import asked_grammar
 from router.schema import CompletionBody
 from router.tokenizer import Tokenizer
@@ -462,3 +466,44 @@ def test_a_router_without_the_package_says_what_is_missing(
 
     with pytest.raises(Refused, match="needs the package llguidance"):
         asyncio.run(asked_grammar(body))
+
+
+async def test_what_is_not_read_is_not_made() -> None:
+    num_made = 0
+
+    async def making() -> AsyncGenerator[int]:
+        nonlocal num_made
+        while True:
+            num_made += 1
+            yield num_made
+            await asyncio.sleep(0)
+
+    async with aclosing(merged([making(), making()])) as values:
+        await anext(values)
+        for _ in range(100):
+            await asyncio.sleep(0)
+
+    assert num_made <= 6  # One read, two waiting, one more in the hands of each; and one spare.
+
+
+async def test_the_first_failure_ends_all() -> None:
+    has_ended = False
+
+    async def waiting() -> AsyncGenerator[int]:
+        nonlocal has_ended
+        try:
+            yield 1
+            await asyncio.Event().wait()
+        finally:
+            has_ended = True
+
+    async def failing() -> AsyncGenerator[int]:
+        yield 2
+        raise NodeUnavailable("gone")
+
+    values = merged([waiting(), failing()])
+    assert sorted([await anext(values), await anext(values)]) == [1, 2]
+    with pytest.raises(NodeUnavailable, match="gone"):
+        await anext(values)
+
+    assert has_ended
