@@ -185,11 +185,13 @@ class NodeConnection(asyncio.Protocol):
 class NodeConnections:
     """Connections to any number of nodes. Belongs to one event loop."""
 
-    def __init__(self, *, connect_timeout_s: float) -> None:
+    def __init__(self, *, connect_timeout_s: float, keepalive_s: float = KEEPALIVE_S) -> None:
         self._connect_timeout_s = connect_timeout_s
+        self._keepalive_s = keepalive_s
         self._idle: dict[str, deque[tuple[float, NodeConnection]]] = {}
         """By address; the one that was used last is last, with the time since when it is idle."""
 
+        self._swept_s = 0.0
         self._ssl_context: ssl.SSLContext | None = None
 
     async def take(self, url: str) -> NodeConnection:
@@ -199,7 +201,7 @@ class NodeConnections:
             OSError: there is none within the connect timeout.
         """
         idle = self._idle.get(url)
-        oldest_s = asyncio.get_running_loop().time() - KEEPALIVE_S
+        oldest_s = asyncio.get_running_loop().time() - self._keepalive_s
         while idle:
             since_s, connection = idle.pop()
             if connection.is_reusable and since_s > oldest_s:
@@ -218,16 +220,31 @@ class NodeConnections:
             connection.abort()
             return
         now_s = asyncio.get_running_loop().time()
-        idle = self._idle.setdefault(url, deque())
+        idle = self._idle.get(url)
+        if idle is None:
+            idle = self._idle[url] = deque()
+            if now_s - self._swept_s > self._keepalive_s:
+                self._swept_s = now_s
+                self._forget_unused(now_s, besides=url)
         idle.append((now_s, connection))
-        while idle[0][0] <= now_s - KEEPALIVE_S:
-            idle.popleft()[1].abort()
+        self._close_old(idle, now_s)
 
     def close(self) -> None:
         """Close all idle connections."""
         for idle in self._idle.values():
             while idle:
                 idle.pop()[1].abort()
+
+    def _forget_unused(self, now_s: float, *, besides: str) -> None:
+        """Without this, addresses of nodes that are gone would stay."""
+        for url, idle in list(self._idle.items()):
+            self._close_old(idle, now_s)
+            if not idle and url != besides:
+                del self._idle[url]
+
+    def _close_old(self, idle: deque[tuple[float, NodeConnection]], now_s: float) -> None:
+        while idle and idle[0][0] <= now_s - self._keepalive_s:
+            idle.popleft()[1].abort()
 
     async def _connect(self, address: SplitResult) -> NodeConnection:
         is_secure = address.scheme == "https"

@@ -50,6 +50,12 @@ class Server:
         except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()
 
+    async def wait_until_left(self) -> None:
+        """Wait until nobody is connected."""
+        for writer in self.writers:
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
 
 async def ask(connections: NodeConnections, url: str) -> tuple[int, bytes]:
     connection = await connections.take(url)
@@ -220,3 +226,14 @@ async def test_a_connection_on_which_a_request_is_stuck_is_not_used_again(
         is_over.set()
         server.close()
         await server.wait_closed()
+
+
+async def test_connections_to_a_node_that_is_gone_are_closed_while_others_are_used() -> None:
+    connections = NodeConnections(connect_timeout_s=STALL_TIMEOUT_S, keepalive_s=0.01)
+    async with Server(lambda _: answer(b"")) as gone, contextlib.AsyncExitStack() as others:
+        await ask(connections, gone.url)
+        leaving = asyncio.create_task(gone.wait_until_left())
+        while not leaving.done():
+            server = await others.enter_async_context(Server(lambda _: answer(b"")))
+            await ask(connections, server.url)
+        connections.close()
