@@ -9,7 +9,7 @@ from contextlib import aclosing
 
 import msgspec
 
-from orchestrator.core.errors import EngineStepError, NodeUnavailable
+from orchestrator.core.errors import EngineStepError, NodeUnavailable, ProServeError
 from orchestrator.core.ports import Clock
 from orchestrator.core.request import FinishReason
 from orchestrator.tracing import Span
@@ -70,6 +70,7 @@ class Dispatcher:
             dispatch = await self._begin_next(progress, failure)
             used_endpoints.append(dispatch.endpoint_id)
             failure = None
+            error_type: str | None = None
             attempt = None if span is None else _attempt(span, request.request_id, progress)
             batches = self._client.generate(
                 self._pool.url_of(dispatch),
@@ -91,13 +92,16 @@ class Dispatcher:
                             raise failure
                 self._pool.note_success(dispatch)
                 return
-            except (NodeUnavailable, EngineStepError) as error:
+            except ProServeError as error:
+                error_type = type(error).__name__
+                if not isinstance(error, NodeUnavailable | EngineStepError):
+                    raise
                 failure = error
                 self._lose(dispatch, progress, error)
             finally:
                 self._pool.end_dispatch(dispatch)
                 if attempt is not None:
-                    attempt.end(None if failure is None else type(failure).__name__)
+                    attempt.end(error_type)
 
     async def _begin_next(self, progress: SequenceProgress, failure: Failure | None) -> Dispatch:
         """Count the sequence on the node to try next, as soon as there is one; `failure` is the

@@ -107,6 +107,17 @@ def test_every_node_that_a_sequence_was_sent_to_has_a_span(
     assert attributes(request)["gen_ai.usage.output_tokens"] == 2
 
 
+def test_a_node_that_refuses_has_a_span_with_its_error(
+    traced: RunningRouter, tracer: Tracer, node: FakeNode
+) -> None:
+    node.script = lambda _: [Refuse(400)]
+
+    traced.complete()
+
+    dispatch, _ = spans_of(tracer, traced)
+    assert attributes(dispatch)["error.type"] == "RequestRejected"
+
+
 @pytest.mark.parametrize(
     ("path", "body", "error"),
     [
