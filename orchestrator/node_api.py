@@ -64,6 +64,7 @@ class NodeService:
         self.tracing: Tracing | None = None
         """Makes spans of requests; set before the node starts, if at all."""
 
+        self._is_ending = False
         self._spans: dict[str, Span] = {}
         """Of sampled requests that have not ended."""
 
@@ -135,8 +136,8 @@ class NodeService:
 
     async def snapshots(self) -> AsyncGenerator[bytes]:
         """Yield a line with a snapshot now and whenever there is news, until the engine is not
-        serving."""
-        while True:
+        serving, or the node is about to end and has nothing left: it would wait for its readers."""
+        while not self._is_ending or self.executor.num_streams > 0:
             news = self.executor.next_news
             try:
                 line = _json_encoder.encode(self.snapshot()) + b"\n"
@@ -159,6 +160,11 @@ class NodeService:
                 registering = asyncio.create_task(self._register_once_loaded(self.registrar))
                 stack.callback(registering.cancel)
             yield
+
+    async def begin_shutdown(self) -> None:
+        """Drain, and say so to those who listen only while there is something left."""
+        self._is_ending = True
+        await self.drain()
 
     async def drain(self) -> None:
         """Finish what runs and refuse what comes."""
@@ -294,7 +300,7 @@ def create_node_app(service: NodeService) -> FastAPI:
             yield
 
     app = FastAPI(title="ProServe node", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.begin_shutdown = service.drain
+    app.state.begin_shutdown = service.begin_shutdown
     app.state.end_open_requests = lambda: service.executor.end_streams("the node is shutting down")
 
     @app.exception_handler(RequestRejected)

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from orchestrator.core.request import FinishReason, ResumePoint
-from orchestrator.wire import ErrorBody, NodeDescription
+from orchestrator.wire import ErrorBody, NodeDescription, NodeSnapshot
 from tests.running_node import Node, body, running_node, until
 from tests.scripted_engine import EXIT, RAISE, REFUSE
 from tests.tracers import NOT_SAMPLED, SAMPLED, SPAN_ID, TRACE_ID, Tracer, attributes, ids
@@ -52,6 +52,20 @@ async def test_snapshots_count_upwards(node: Node) -> None:
         return (await node.snapshot()).seq_no > before.seq_no
 
     await until(is_newer, "there is a newer snapshot")
+
+
+async def test_a_node_that_is_to_end_waits_for_no_listener_but_for_its_requests(node: Node) -> None:
+    async with node.client.stream("GET", "/v1/snapshots") as answer:
+        lines = answer.aiter_lines()
+        await anext(lines)
+        working = asyncio.create_task(node.generate(body(max_tokens=200)))
+        await until(lambda: node.runs(1), "the request runs")
+
+        await node.service.begin_shutdown()
+
+        last = [msgspec.json.decode(line, type=NodeSnapshot) async for line in lines][-1]
+    assert last.is_draining
+    assert len(await working) == 200
 
 
 @pytest.mark.parametrize(
