@@ -33,6 +33,7 @@ from router.generation import Generation, GenerationTools
 from router.idempotency import KeptAnswers, request_key
 from router.metrics import CONTENT_TYPE, RouterMetrics
 from router.node_client import NodeClient
+from router.nodes_file import FollowedNodes
 from router.open_requests import OpenRequests
 from router.openapi import openapi_document
 from router.outlook import FleetOutlook
@@ -93,6 +94,9 @@ class RouterService:
         self.registrations: Registrations | None = None
         if config.registration is not None:
             self.registrations = Registrations(config.registration, self.pool, clock, self.metrics)
+        self.followed_nodes: FollowedNodes | None = None
+        if config.nodes_file is not None:
+            self.followed_nodes = FollowedNodes(config.nodes_file, self.pool)
         store = OwnUsage() if seat is None else seat.usage()
         self.directory = _directory(config, clock, self.metrics, store)
         self._everybody = Client.everybody(
@@ -141,12 +145,16 @@ class RouterService:
         await self.pool.start()
         if self.registrations is not None:
             await self.registrations.start()
+        if self.followed_nodes is not None:
+            await self.followed_nodes.start()
 
     async def stop(self) -> None:
         """End what `start` began, and all connections."""
         await self.kept_answers.close()
         if self.registrations is not None:
             await self.registrations.stop()
+        if self.followed_nodes is not None:
+            await self.followed_nodes.stop()
         await self.pool.stop()
         if self.directory is not None:
             await self.directory.stop()

@@ -332,17 +332,31 @@ class RouterConfig(RouterSettings):
 
     nodes: tuple[EndpointConfig, ...] = ()
     """Where requests may be sent. Nodes that register themselves come on top; without
-    `registration` there must be at least one."""
+    `registration` there must be at least one, unless there is a `nodes_file`."""
+
+    nodes_file: Path | None = None
+    """A file whose key `nodes` lists the nodes in place of this one; the router follows it."""
 
     @model_validator(mode="after")
     def _check_nodes(self) -> Self:
-        if not self.nodes and self.registration is None:
+        if self.nodes_file is not None:
+            if self.nodes or self.registration is not None:
+                raise ValueError(
+                    "nodes_file lists all nodes there are; remove it, or nodes and registration"
+                )
+        elif not self.nodes and self.registration is None:
             raise ValueError(
                 "nodes is empty and there is no registration, so there would never be a node; "
-                "list nodes, or set registration"
+                "list nodes, or set registration or nodes_file"
             )
-        _check_unique("nodes", [n.endpoint_id for n in self.nodes])
+        check_unique_nodes(self.nodes)
         return self
+
+
+def check_unique_nodes(nodes: tuple[EndpointConfig, ...]) -> tuple[EndpointConfig, ...]:
+    """Return `nodes`; raise ValueError if two have one name."""
+    _check_unique("nodes", [node.endpoint_id for node in nodes])
+    return nodes
 
 
 def _check_unique(what: str, names: Sequence[str]) -> None:
