@@ -15,6 +15,8 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from router.errors import http_error_answer
 from router.one_write import OneWriteProtocol
 
+CLOSE_HEADER = (b"connection", b"close")
+
 _REASONS = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
 
 
@@ -38,6 +40,7 @@ class GuardedHttpProtocol(OneWriteProtocol):
         self._unread_timer: asyncio.TimerHandle | None = None
         self._is_in_head = True
         self._num_head_bytes = 0
+        self._is_leaving = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first head."""
@@ -74,6 +77,8 @@ class GuardedHttpProtocol(OneWriteProtocol):
         self._stop_waiting()
         self._is_in_head = False
         self._num_head_bytes = 0
+        if self._is_leaving:
+            self._ask_to_leave()
         if self.parser.should_upgrade():
             # Nothing behind it is parsed any more, so another request would wait for ever.
             self.cycle.keep_alive = False
@@ -88,6 +93,18 @@ class GuardedHttpProtocol(OneWriteProtocol):
         super().on_response_complete()
         if self.cycle.response_complete and not self.transport.is_closing():
             self._await_head()
+
+    def leave(self) -> None:
+        """Answer what comes, and ask the client with each answer to use another connection."""
+        if not self._is_leaving:
+            self._is_leaving = True
+            self._ask_to_leave()
+
+    def _ask_to_leave(self) -> None:
+        """Say so in the headers of the last request's answer, if they have not been sent."""
+        cycle = cast("RequestResponseCycle | None", self.cycle)
+        if cycle is not None:
+            cycle.default_headers = [*cycle.default_headers, CLOSE_HEADER]
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP."""

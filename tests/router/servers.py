@@ -16,6 +16,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from orchestrator.command_line.processes import listen_privately
+from router.http_protocol import GuardedHttpProtocol
 
 DEADLINE_S = 20.0
 """No wait in these tests lasts longer; reaching it is a failure."""
@@ -124,6 +125,16 @@ class RunningServer:
 
         self.call_soon(count)
         return counted.result(DEADLINE_S)
+
+    def leave(self) -> None:
+        """Have every connection leave, as a router that drains does."""
+
+        def leave() -> None:
+            for connection in self._server.server_state.connections:
+                assert isinstance(connection, GuardedHttpProtocol)
+                connection.leave()
+
+        self.call_soon(leave)
 
     def kill(self) -> None:
         """Stop at once and cut all connections, as a dying process does."""

@@ -325,3 +325,25 @@ def test_a_client_that_reads_nothing_does_not_hold_its_place_for_ever(
         node.wait_until(lambda n: len(n.requests) == 1, "the node has the request")
 
         node.wait_until(lambda n: len(n.aborted_ids) == 1, "the node was told that nobody reads")
+
+
+def test_a_connection_that_is_to_end_answers_first_and_says_so(
+    router: RunningRouter, node: FakeNode
+) -> None:
+    """A stream that has begun goes on; the next answer on its connection says that it is the last,
+    before the connection ends."""
+    node.script = lambda _: [TokenEvent((70,)), Stall(), *saying([71])(_)]
+
+    with router.http.stream("POST", "/v1/completions", json=COMPLETION) as response:
+        chunks = sse.arriving(response)
+        next(chunks)
+        router.server.leave()
+        node.release()
+        *_, done = chunks
+    next_response = router.complete()
+    another_response = router.complete()
+
+    assert done == "[DONE]"
+    assert "connection" not in response.headers
+    assert (next_response.status_code, next_response.headers["connection"]) == (200, "close")
+    assert "connection" not in another_response.headers
