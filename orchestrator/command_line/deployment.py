@@ -60,12 +60,18 @@ class RestartConfig(BaseModel):
     """A node whose health check has not succeeded for this long is killed and started again, for
     example because it is stopped or its engine hangs; of the router any answer will do."""
 
+    max_drain_s: PositiveFloat = 60.0
+    """A node or router that `proserve up`, `restart` or `down` replaces or stops lets open requests
+    end for so long. Those that a node has left go on elsewhere; those of a router end with an
+    error."""
+
 
 class RouterSection(RouterSettings):
     """The routers of a deployment; all of them are the same."""
 
     num_replicas: PositiveInt = 1
-    """Router processes. They know nothing of each other, so limits of clients hold for each."""
+    """Router processes, behind one address. They know nothing of each other, so limits of clients
+    hold for each."""
 
 
 class NodeGroupConfig(NodeSettings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from rich.text import Text
 
 from orchestrator.command_line.config_commands import app as config_app
 from orchestrator.command_line.keys import app as keys_app
+from orchestrator.command_line.launch.commands import add_commands
 from orchestrator.command_line.render_commands import app as render_app
 from orchestrator.core.errors import ProServeError
 
@@ -26,6 +28,7 @@ app = typer.Typer(
 app.add_typer(keys_app, name="keys")
 app.add_typer(config_app, name="config")
 app.add_typer(render_app, name="render")
+add_commands(app)
 console = Console()
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file.", metavar="FILE")]
@@ -97,6 +100,15 @@ def router(
     worker_directory: Annotated[
         Path | None, typer.Option(help="Where its workers meet.", hidden=True)
     ] = None,
+    socket_fd: Annotated[
+        int | None, typer.Option(help="Listen on this inherited socket.", hidden=True)
+    ] = None,
+    private_socket: Annotated[
+        Path | None, typer.Option(help="Listen on this Unix socket as well.", hidden=True)
+    ] = None,
+    max_drain_s: Annotated[
+        float, typer.Option(help="Let open requests end for so long.", hidden=True)
+    ] = 60.0,
 ) -> None:
     """Run one router: the OpenAI-compatible service in front of the nodes."""
     from orchestrator.command_line import processes, router_workers
@@ -111,6 +123,9 @@ def router(
         configure_logging(component=f"router-{worker}")
         raise typer.Exit(router_workers.run_worker(config, worker, worker_directory))
     configure_logging(component="router")
+    if socket_fd is not None and private_socket is not None:
+        sockets = processes.SharedSockets(socket.socket(fileno=socket_fd), private_socket)
+        raise typer.Exit(router_workers.run_replica(config, sockets, max_drain_s))
     if config.num_workers > 1:
         raise typer.Exit(asyncio.run(router_workers.run_workers(config)))
     raise typer.Exit(router_workers.run_alone(config))

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Protocol, cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -24,6 +24,12 @@ DRAIN_GRACE_S = 10.0
 
 CUT_GRACE_S = 3
 """After that they are ended with an error, and have this long to send it."""
+
+LEAVE_S = 2.0
+"""A server that drains leaves idle connections to their clients for so long: each answer until then
+asks its client to come back over another connection."""
+
+_LEAVE_POLL_S = 0.05
 
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
@@ -57,14 +63,22 @@ def become(command: Sequence[str]) -> NoReturn:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerSockets:
+class SharedSockets:
     """Where one of several processes that serve a port together listens."""
 
     public: socket.socket
-    """Bound with SO_REUSEPORT, so that the kernel gives each process a part of the connections."""
+    """Bound with SO_REUSEPORT, so that the kernel gives each process a part of the connections; or
+    one that all of them have inherited, so that each takes connections as it can."""
 
     private_path: Path
     """Of a Unix socket, for the other processes."""
+
+
+class Leaving(Protocol):
+    """A connection that can be asked to end."""
+
+    def leave(self) -> None:
+        """Answer what comes, and ask the client with each answer not to use it again."""
 
 
 def bound_socket(host: str, port: int, *, is_shared: bool) -> socket.socket:
@@ -110,11 +124,13 @@ class _GracefulServer(uvicorn.Server):
         begin_shutdown: Callable[[], Awaitable[None]] | None,
         end_open_requests: Callable[[], None],
         private_path: Path | None,
+        max_drain_s: float | None,
     ) -> None:
         super().__init__(config)
         self._begin_shutdown = begin_shutdown
         self._end_open_requests = end_open_requests
         self._private_path = private_path
+        self._max_drain_s = max_drain_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -123,13 +139,32 @@ class _GracefulServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(DRAIN_GRACE_S, self._end_open_requests)
+        grace_s = DRAIN_GRACE_S
+        if self._max_drain_s is not None:
+            await self._drain(loop.time() + self._max_drain_s)
+            grace_s = 0.0
+        timer = loop.call_later(grace_s, self._end_open_requests)
         try:
             if self._begin_shutdown is not None:
                 await self._begin_shutdown()
             await super().shutdown(sockets)
         finally:
             timer.cancel()
+
+    async def _drain(self, until_s: float) -> None:
+        """Accept no connection, and return when all are gone, or idle for good, or at `until_s`."""
+        for server in self.servers:
+            server.close()
+        loop = asyncio.get_running_loop()
+        busy_at_s = loop.time()
+        while self.server_state.connections and loop.time() < until_s:
+            for connection in self.server_state.connections:
+                cast(Leaving, connection).leave()
+            if self.server_state.tasks:
+                busy_at_s = loop.time()
+            elif loop.time() - busy_at_s > LEAVE_S:
+                return
+            await asyncio.sleep(_LEAVE_POLL_S)
 
 
 def serve_http(
@@ -138,12 +173,15 @@ def serve_http(
     host: str,
     port: int,
     protocol: type[asyncio.Protocol] | None = None,
-    worker: WorkerSockets | None = None,
+    shared: SharedSockets | None = None,
+    max_drain_s: float | None = None,
 ) -> int:
     """Serve `app` until SIGTERM or Ctrl-C, let open requests end, and return an exit status.
 
     `protocol` is for HTTP/1.1; None takes uvicorn's own, for those whose clients are trusted.
-    `worker` takes the place of host and port in one of several processes.
+    `shared` takes the place of host and port in one of several processes. With `max_drain_s`, for
+    a `protocol` that is `Leaving` while others go on, open requests have this long instead of
+    `DRAIN_GRACE_S`, and connections are left to their clients first.
 
     First `app.state.begin_shutdown` is called, if there is one, while new requests are still
     answered. Those that have not ended by themselves when the grace is over are ended through
@@ -166,11 +204,12 @@ def serve_http(
         ),
         getattr(app.state, "begin_shutdown", None),
         app.state.end_open_requests,
-        None if worker is None else worker.private_path,
+        None if shared is None else shared.private_path,
+        max_drain_s,
     )
     # What is loaded by now stays. Looking through it for garbage takes a router 55 ms each time
     # (AMD EPYC, busy), in which no stream goes on.
     gc.collect()
     gc.freeze()
-    server.run(None if worker is None else [worker.public])
+    server.run(None if shared is None else [shared.public])
     return 0 if server.started else 1

@@ -21,7 +21,7 @@ from orchestrator.command_line.service import (
     cancel_all,
     wait_until_all_healthy,
 )
-from orchestrator.command_line.supervisor import keep_running
+from orchestrator.command_line.supervisor import Announcer, keep_running
 from router.app import create_app
 from router.config import RouterConfig
 from router.http_protocol import GuardedHttpProtocol
@@ -47,10 +47,22 @@ def run_alone(config: RouterConfig) -> int:
     )
 
 
+def run_replica(config: RouterConfig, sockets: processes.SharedSockets, max_drain_s: float) -> int:
+    """Serve as one of several routers that have a socket together; return an exit status."""
+    return processes.serve_http(
+        create_app(config),
+        host=config.host,
+        port=config.port,
+        protocol=GuardedHttpProtocol,
+        shared=sockets,
+        max_drain_s=max_drain_s,
+    )
+
+
 def run_worker(config: RouterConfig, worker: int, directory: Path) -> int:
     """Serve as one of a router's workers, which meet in `directory`; return an exit status."""
     seat = WorkerSeat(worker, config.num_workers, directory)
-    sockets = processes.WorkerSockets(
+    sockets = processes.SharedSockets(
         processes.bound_socket(config.host, config.port, is_shared=True), seat.socket_path(worker)
     )
     return processes.serve_http(
@@ -58,7 +70,7 @@ def run_worker(config: RouterConfig, worker: int, directory: Path) -> int:
         host=config.host,
         port=config.port,
         protocol=GuardedHttpProtocol,
-        worker=sockets,
+        shared=sockets,
     )
 
 
@@ -152,7 +164,12 @@ async def _keep_running(workers: Sequence[_Worker]) -> None:
     await wait_until_all_healthy(workers, START_TIMEOUT_S)
     keeping = [
         asyncio.create_task(
-            keep_running(worker, _RESTARTS, start_timeout_s=START_TIMEOUT_S, announce=_log.warning)
+            keep_running(
+                worker,
+                _RESTARTS,
+                start_timeout_s=START_TIMEOUT_S,
+                observer=Announcer(worker, _RESTARTS, _log.warning),
+            )
         )
         for worker in workers
     ]

@@ -26,7 +26,7 @@ from orchestrator.command_line.service import (
     cancel_all,
     wait_until_all_healthy,
 )
-from orchestrator.command_line.supervisor import keep_running
+from orchestrator.command_line.supervisor import Announcer, keep_running
 from orchestrator.config import NodeConfig
 from orchestrator.core.errors import ConfigError
 from router.config import RouterConfig, RouterSettings
@@ -44,7 +44,7 @@ async def serve(config: DeploymentConfig, *, start_timeout_s: float, console: Co
     if config.router.num_replicas > 1:
         raise ConfigError(
             f"router.num_replicas is {config.router.num_replicas}, but `proserve serve` starts one "
-            "router; set it to 1 here, or deploy with `proserve render kubernetes`"
+            "router; set it to 1 here, or start the deployment with `proserve up`"
         )
     placed_nodes = config.placed_nodes()
     _check_ports_are_free([placed.config for placed in placed_nodes], config.router)
@@ -68,13 +68,17 @@ async def serve(config: DeploymentConfig, *, start_timeout_s: float, console: Co
         ready.result()
         greeting = _greeting(url, router_config, time.monotonic() - started_s)
         console.print(greeting, soft_wrap=True, highlight=False)
-        keep = partial(
-            keep_running,
-            config=config.restarts,
-            start_timeout_s=start_timeout_s,
-            announce=announce,
-        )
-        supervising = [asyncio.create_task(keep(service)) for service in [router, *nodes]]
+        supervising = [
+            asyncio.create_task(
+                keep_running(
+                    service,
+                    config.restarts,
+                    start_timeout_s=start_timeout_s,
+                    observer=Announcer(service, config.restarts, announce),
+                )
+            )
+            for service in [router, *nodes]
+        ]
         stack.push_async_callback(cancel_all, supervising)
         ended = await _wait_for_end(supervising[0], supervising[1:], stopping)
         if ended is not None:
@@ -86,18 +90,27 @@ async def serve(config: DeploymentConfig, *, start_timeout_s: float, console: Co
 
 def _node_service(placed: PlacedNode, directory: Path) -> Service:
     node = placed.config
-    environment = {}
-    if placed.gpus is not None:
-        visible = visible_gpus(placed.gpus, os.environ.get(VISIBLE_GPUS))
-        if visible is None:
-            raise ConfigError(
-                f"{node.endpoint_id} is to have GPUs {', '.join(map(str, placed.gpus))} of those "
-                f"in {VISIBLE_GPUS}, {os.environ[VISIBLE_GPUS]!r}, which has fewer; name more "
-                "there, or lower num_nodes or num_gpus"
-            )
-        environment[VISIBLE_GPUS] = visible
     url = local_url(node.host, node.port)
+    environment = node_environment(placed)
     return _service("node", node.endpoint_id, url, node, directory, environment)
+
+
+def node_environment(placed: PlacedNode) -> dict[str, str]:
+    """Return what a node's process finds in its environment on top of ours.
+
+    Raises:
+        ConfigError: it is to have GPUs that are not there for us.
+    """
+    if placed.gpus is None:
+        return {}
+    visible = visible_gpus(placed.gpus, os.environ.get(VISIBLE_GPUS))
+    if visible is None:
+        raise ConfigError(
+            f"{placed.config.endpoint_id} is to have GPUs {', '.join(map(str, placed.gpus))} of "
+            f"those in {VISIBLE_GPUS}, {os.environ[VISIBLE_GPUS]!r}, which has fewer; name more "
+            "there, or lower num_nodes or num_gpus"
+        )
+    return {VISIBLE_GPUS: visible}
 
 
 def visible_gpus(gpus: Sequence[int], visible: str | None) -> str | None:

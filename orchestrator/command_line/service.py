@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from orchestrator.command_line.launch.log_files import RotatingLog, copy_output
 from orchestrator.command_line.processes import CUT_GRACE_S, DRAIN_GRACE_S
 from orchestrator.core.errors import ProServeError
 
@@ -45,11 +46,20 @@ class Service:
         *,
         needs_others: bool = False,
         socket_path: Path | None = None,
+        inherited: Sequence[int] = (),
+        log: RotatingLog | None = None,
+        stop_grace_s: float = STOP_GRACE_S,
     ) -> None:
         """`environment` is what the process has on top of ours. One that `needs_others` is as
         healthy as they are: a router without nodes answers 503 and is none the worse for it. With
-        `socket_path` it is asked for its health through that Unix socket."""
+        `socket_path` it is asked for its health through that Unix socket. It inherits these file
+        descriptors; what it says goes to `log`, or where ours goes. Told to stop, it is killed
+        after `stop_grace_s`."""
         self._needs_others = needs_others
+        self._inherited = tuple(inherited)
+        self._log = log
+        self._stop_grace_s = stop_grace_s
+        self._copying: asyncio.Task[None] | None = None
         self._socket_path = None if socket_path is None else str(socket_path)
         self.name = name
         self.url = url
@@ -61,8 +71,16 @@ class Service:
         """Start the process; the one before has been stopped."""
         # In a session of its own Ctrl-C does not reach it: services are stopped in order.
         self._process = await asyncio.create_subprocess_exec(
-            *self._command, start_new_session=True, env=self._environment
+            *self._command,
+            start_new_session=True,
+            env=self._environment,
+            pass_fds=self._inherited,
+            stdout=None if self._log is None else asyncio.subprocess.PIPE,
+            stderr=None if self._log is None else asyncio.subprocess.STDOUT,
         )
+        if self._log is not None and self._process.stdout is not None:
+            # Until all of its processes have ended, which may be after this one.
+            self._copying = asyncio.create_task(copy_output(self._process.stdout, self._log))
 
     async def stop(self) -> None:
         """End the process, with time for what it has to finish, if it runs."""
@@ -71,7 +89,7 @@ class Service:
             return
         process.terminate()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(STOP_GRACE_S):
+            async with asyncio.timeout(self._stop_grace_s):
                 await process.wait()
         await self.kill()
 
@@ -81,6 +99,12 @@ class Service:
         if process is not None and process.returncode is None:
             process.kill()
             await process.wait()
+
+    @property
+    def pid(self) -> int | None:
+        """Return the process id; None if it does not run."""
+        process = self._process
+        return process.pid if process is not None and process.returncode is None else None
 
     async def wait_until_healthy(self, timeout_s: float) -> None:
         """Return when the health check is answered with 200.

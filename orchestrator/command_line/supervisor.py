@@ -5,10 +5,50 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from orchestrator.command_line.deployment import RestartConfig
 from orchestrator.command_line.service import Service, StartFailed
 from orchestrator.core.backoff import backoff_s
+
+
+class RestartObserver(Protocol):
+    """Hears what becomes of a service that is kept running."""
+
+    def restarts(self, end: str, pause_s: float) -> None:
+        """It has come to this `end`, and is started again after a pause."""
+
+    def is_back(self) -> None:
+        """It is well again."""
+
+    def stays_down(self, end: str) -> None:
+        """It has come to this `end`, too often to be started again."""
+
+
+class Announcer:
+    """Tells an operator."""
+
+    def __init__(
+        self, service: Service, config: RestartConfig, announce: Callable[[str], None]
+    ) -> None:
+        self._name = service.name
+        self._config = config
+        self._announce = announce
+
+    def restarts(self, end: str, pause_s: float) -> None:
+        """It is started again."""
+        self._announce(f"{self._name} {end}; it is started again in {pause_s:g} s")
+
+    def is_back(self) -> None:
+        """It is well again."""
+        self._announce(f"{self._name} is back")
+
+    def stays_down(self, end: str) -> None:
+        """It is not started again."""
+        self._announce(
+            f"{self._name} {end}; it stays down after {self._config.max_restarts} restarts within "
+            f"{self._config.window_s:g} s; its log above says why"
+        )
 
 
 class RestartBudget:
@@ -36,14 +76,14 @@ async def keep_running(
     config: RestartConfig,
     *,
     start_timeout_s: float,
-    announce: Callable[[str], None],
+    observer: RestartObserver,
 ) -> None:
     """Start a running service again whenever it ends; return once it is given up, and stopped."""
     budget = RestartBudget(config)
     while True:
         end = await service.wait_for_end(max_unhealthy_s=config.max_unhealthy_s)
         while (pause_s := budget.pause_s(time.monotonic())) is not None:
-            announce(f"{service.name} {end}; it is started again in {pause_s:g} s")
+            observer.restarts(end, pause_s)
             # Whoever has ended needs no time, and nobody waits for one that does not answer.
             await service.kill()
             await asyncio.sleep(pause_s)
@@ -53,12 +93,9 @@ async def keep_running(
             except StartFailed as error:
                 end = f"did not come back: {error}"
             else:
-                announce(f"{service.name} is back")
+                observer.is_back()
                 break
         else:
             await service.kill()
-            announce(
-                f"{service.name} {end}; it stays down after {config.max_restarts} restarts within "
-                f"{config.window_s:g} s; its log above says why"
-            )
+            observer.stays_down(end)
             return

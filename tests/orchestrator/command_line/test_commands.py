@@ -50,7 +50,7 @@ def test_a_missing_file_is_one_line_and_no_traceback() -> None:
         (f"[{NODE % ('a', 8101, 'no/such/dir')}]", "no/such/dir"),
         (f"[{NODE % ('a', 8101, 'x')}]\nrouter: {{port: 0}}", "router.port is 0"),
         ("[]\n'[/x]': 1", "[/x]"),
-        (f"[{NODE % ('a', 8101, 'x')}]\nrouter: {{num_replicas: 2}}", "proserve render kubernetes"),
+        (f"[{NODE % ('a', 8101, 'x')}]\nrouter: {{num_replicas: 2}}", "proserve up"),
         (f"[{NODE % ('a', 8101, 'x')}, {NODE % ('a', 8102, 'x')}]", "endpoint_id"),
     ],
 )

@@ -9,9 +9,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from orchestrator.command_line import processes
 from orchestrator.command_line.config_kinds import KINDS
-from orchestrator.command_line.deployment import DeploymentConfig
+from orchestrator.command_line.deployment import DeploymentConfig, RestartConfig
 from orchestrator.command_line.kubernetes.routers import LEAVE_S
+from orchestrator.command_line.launch.log_files import MAX_LOG_BYTES
 from orchestrator.command_line.main import app
 from orchestrator.command_line.processes import DRAIN_GRACE_S
 
@@ -48,6 +50,9 @@ def test_every_command_that_is_named_exists(command: str) -> None:
 def test_numbers_and_kinds_are_those_of_the_code() -> None:
     assert f"A router goes on for {LEAVE_S} s" in PAGE
     assert f"lets open requests end for {DRAIN_GRACE_S:.0f} s" in PAGE
+    assert f"that is closed, after {processes.LEAVE_S:.0f} s" in PAGE
+    assert f"`restarts.max_drain_s` ({RestartConfig().max_drain_s:.0f} s)" in PAGE
+    assert f"up to {MAX_LOG_BYTES // 2**20} MiB" in PAGE
     assert all(f"`{kind}`" in PAGE for kind in KINDS)
     for path in (ROOT / "configs/deployments").glob("*.yaml"):
         assert f"`{path.name}`" in PAGE

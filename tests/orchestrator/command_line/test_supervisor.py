@@ -17,7 +17,7 @@ import pytest
 
 from orchestrator.command_line.deployment import RestartConfig
 from orchestrator.command_line.service import Service, StartFailed
-from orchestrator.command_line.supervisor import RestartBudget, keep_running
+from orchestrator.command_line.supervisor import Announcer, RestartBudget, keep_running
 
 STUB = Path(__file__).with_name("stub_service.py")
 WAIT_S = 30.0
@@ -83,7 +83,12 @@ async def supervised(service: Service, config: RestartConfig = QUICK) -> AsyncIt
     try:
         await service.wait_until_healthy(WAIT_S)
         supervising = asyncio.create_task(
-            keep_running(service, config, start_timeout_s=WAIT_S, announce=announcements.put_nowait)
+            keep_running(
+                service,
+                config,
+                start_timeout_s=WAIT_S,
+                observer=Announcer(service, config, announcements.put_nowait),
+            )
         )
         yield Supervised(service, announcements, supervising)
         supervising.cancel()
@@ -125,7 +130,12 @@ async def test_a_service_that_says_it_is_beyond_help_is_started_again(tmp_path: 
             await service.wait_until_healthy(WAIT_S)
         announcements: asyncio.Queue[str] = asyncio.Queue()
         supervising = asyncio.create_task(
-            keep_running(service, QUICK, start_timeout_s=WAIT_S, announce=announcements.put_nowait)
+            keep_running(
+                service,
+                QUICK,
+                start_timeout_s=WAIT_S,
+                observer=Announcer(service, QUICK, announcements.put_nowait),
+            )
         )
 
         first = await asyncio.wait_for(announcements.get(), WAIT_S)

@@ -1,0 +1,102 @@
+"""What the processes of a deployment on this machine are started with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pydantic import BaseModel
+
+from orchestrator.command_line.deployment import DeploymentConfig, PlacedNode, local_url
+from orchestrator.command_line.launch.launcher import ProcessKind
+from orchestrator.command_line.launch.state_dir import StateDir
+from orchestrator.command_line.serve import node_environment
+from orchestrator.config import NodeConfig
+from orchestrator.core.errors import ConfigError
+from router.config import EndpointConfig, RouterConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a service listens."""
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        """Return how this machine reaches it."""
+        return local_url(self.host, self.port)
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSpec:
+    """One process that there should be."""
+
+    name: str
+    kind: ProcessKind
+    address: Address
+    config: BaseModel
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """On top of the supervisor's own."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a digest of all that a running process would have to be replaced for."""
+        text = f"{self.kind} {self.config.model_dump_json()} {sorted(self.environment.items())}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def endpoint(self) -> EndpointConfig:
+        """Return how routers know a node."""
+        return EndpointConfig(endpoint_id=self.name, url=self.address.url)
+
+
+def process_specs(config: DeploymentConfig, directory: StateDir) -> tuple[ProcessSpec, ...]:
+    """Return every process of a deployment.
+
+    Raises:
+        ConfigError: the deployment cannot run on this machine in this way.
+        EngineDirectoryError: as `DeploymentConfig.served_model`.
+    """
+    router = config.router
+    if router.num_workers > 1:
+        raise ConfigError(
+            f"router.num_workers is {router.num_workers}, but `proserve up` runs several routers "
+            "behind one port by router.num_replicas; set num_workers to 1"
+        )
+    if router.registration is not None:
+        raise ConfigError(
+            "router.registration is set, but `proserve up` tells its routers all nodes; remove it, "
+            "or start routers by `proserve router`"
+        )
+    placed = config.placed_nodes()
+    router_config = RouterConfig(
+        **config.router_settings(),
+        engine_dir=placed[0].config.engine.directory,
+        model=config.served_model(),
+        nodes_file=directory.nodes_file,
+    )
+    address = Address(router.host, router.port)
+    routers = (
+        ProcessSpec(f"router-{number}", ProcessKind.ROUTER, address, router_config)
+        for number in range(router.num_replicas)
+    )
+    specs = (*map(_node, placed), *routers)
+    names = [spec.name for spec in specs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"a node is called {twice!r}, as a router is; rename it")
+    return specs
+
+
+def _node(placed: PlacedNode) -> ProcessSpec:
+    node: NodeConfig = placed.config
+    return ProcessSpec(
+        node.endpoint_id,
+        ProcessKind.NODE,
+        Address(node.host, node.port),
+        node,
+        node_environment(placed),
+    )
