@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from orchestrator.core.scheduler_factory import SchedulerName, SchedulerOptions, options_type
+from orchestrator.etcd import RegistryConfig
 from orchestrator.peers import SecretConfig, ServiceUrl
 from orchestrator.scheduler_config import (
     CorrectionSection,
@@ -191,6 +192,13 @@ class NodeRegistrationConfig(SecretConfig):
     `port`."""
 
 
+class NodeRegistryConfig(RegistryConfig):
+    """etcd, in which a node registers itself."""
+
+    advertise_host: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    """Under which the routers reach the node; by default its `host`."""
+
+
 class NodeSettings(BaseModel):
     """A node, but for its name and port."""
 
@@ -232,6 +240,9 @@ class NodeSettings(BaseModel):
 
     stall_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """An engine silent for this long counts as unhealthy until it speaks again."""
+
+    registry: NodeRegistryConfig | None = None
+    """etcd, through which routers find the node. None: they have it in their configuration."""
 
     tracing: TracingConfig | None = None
     """Spans of requests for OpenTelemetry. None makes none."""
@@ -286,21 +297,32 @@ class NodeConfig(NodeSettings):
         """Return the address under which others reach the node."""
         if self.registration is not None and self.registration.advertise_url is not None:
             return self.registration.advertise_url
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+        host = self.host
+        if self.registry is not None and self.registry.advertise_host is not None:
+            host = self.registry.advertise_host
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     @model_validator(mode="after")
     def _check_address(self) -> Self:
-        is_everywhere = self.host in ("0.0.0.0", "::")
-        if self.registration and not self.registration.advertise_url and is_everywhere:
-            raise problems_error(
-                type(self),
-                [
-                    (
-                        ("host",),
-                        f"host is {self.host}, which is no address to come to; set "
-                        "registration.advertise_url to one under which routers reach this node",
-                    )
-                ],
-            )
+        problems = list(self._address_problems())
+        if problems:
+            raise problems_error(type(self), problems)
         return self
+
+    def _address_problems(self) -> Iterator[Problem]:
+        way_out = None
+        if self.registration is not None and self.registration.advertise_url is None:
+            way_out = "registration.advertise_url to one"
+        if self.registry is not None and self.registry.advertise_host is None:
+            way_out = "registry.advertise_host to one"
+        if way_out is not None and self.host in ("0.0.0.0", "::"):
+            yield (
+                ("host",),
+                f"host is {self.host}, which is no address to come to; set {way_out} under which "
+                "routers reach this node",
+            )
+        if self.registration is not None and self.registry is not None:
+            yield (
+                ("registration",),
+                "registration and registry are both set, so the node could come twice; remove one",
+            )

@@ -92,7 +92,7 @@ class NodeMetrics:
         self._urgent, self._normal = side.labels("urgent"), side.labels("normal")
         self.registered = Gauge(
             "proserve_node_registered",
-            "1 while the node is registered at a router.",
+            "1 while the node is registered at a router, or in etcd.",
             ["router"],
             registry=registry,
         ).labels

@@ -8,12 +8,11 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
 
 from orchestrator.core.admission import check_request, check_resume_point
 from orchestrator.core.errors import NodeUnavailable, ProServeError, RequestRejected
@@ -21,6 +20,7 @@ from orchestrator.core.ports import RequestEvent
 from orchestrator.core.request import FinishReason
 from orchestrator.executor_client import ExecutorClient
 from orchestrator.metrics import NodeMetrics
+from orchestrator.token_stream import NDJSON, TokenEventsResponse
 from orchestrator.tracing import TRACEPARENT, Attributes, Span, Tracing
 from orchestrator.wire import (
     EngineReady,
@@ -29,13 +29,7 @@ from orchestrator.wire import (
     NodeDescription,
     NodeSnapshot,
     StepReport,
-    TokenEvent,
 )
-
-if TYPE_CHECKING:
-    from orchestrator.registrar import Registrar  # which brings an HTTP client along
-
-NDJSON = "application/x-ndjson"
 
 SNAPSHOT_HEARTBEAT_S = 0.5
 """Snapshots are streamed at least this often, so that a router can tell silence from calm."""
@@ -49,14 +43,31 @@ _generate_decoder = msgspec.json.Decoder(GenerateRequest)
 _json_encoder = msgspec.json.Encoder()
 
 
+class Membership(Protocol):
+    """A node's place among those that routers use: at the routers themselves, or in etcd."""
+
+    @property
+    def has_lost_lease(self) -> bool:
+        """Return whether the node had a place, and has it no more for all it knows."""
+
+    def start(self) -> None:
+        """Take it, and keep it until `leave`."""
+
+    async def leave(self) -> None:
+        """Give it up."""
+
+    async def close(self) -> None:
+        """Leave, and end all connections. No call follows."""
+
+
 class NodeService:
     """What the routes share."""
 
     def __init__(
         self, endpoint_id: str, executor_command: Sequence[str], *, stall_timeout_s: float
     ) -> None:
-        self.registrar: Registrar | None = None
-        """Where routers are told of this node; set before it starts, if at all."""
+        self.registrar: Membership | None = None
+        """How routers are told of this node; set before it starts, if at all."""
 
         self.endpoint_id = endpoint_id
         self.instance_id = uuid.uuid4().hex
@@ -65,12 +76,25 @@ class NodeService:
         """Makes spans of requests; set before the node starts, if at all."""
 
         self._is_ending = False
+        self._num_listeners = 0
+        """Routers that follow the snapshots."""
+
         self._spans: dict[str, Span] = {}
         """Of sampled requests that have not ended."""
 
         self.executor = ExecutorClient(
             executor_command, on_step=self._step_done, stall_timeout_s=stall_timeout_s
         )
+
+    @property
+    def is_fenced(self) -> bool:
+        """Return whether the node must take nothing, as its requests may go on elsewhere.
+
+        Its registration has run out, and no router listens to it. Where one does, it is the
+        registry that is away, which shall stop nobody's work.
+        """
+        registrar = self.registrar
+        return registrar is not None and registrar.has_lost_lease and self._num_listeners == 0
 
     def ready(self) -> EngineReady:
         """Return what the engine said when it was loaded.
@@ -95,6 +119,10 @@ class NodeService:
             RequestRejected: the request can never run here.
         """
         ready = self.ready()
+        if self.is_fenced:
+            raise NodeUnavailable(
+                "the node's registration has ended and no router listens to it, so it is cut off"
+            )
         try:
             spec = body.to_spec()
         except ValueError as error:
@@ -137,6 +165,14 @@ class NodeService:
     async def snapshots(self) -> AsyncGenerator[bytes]:
         """Yield a line with a snapshot now and whenever there is news, until the engine is not
         serving, or the node is about to end and has nothing left: it would wait for its readers."""
+        self._num_listeners += 1
+        try:
+            async for line in self._lines_for_listener():
+                yield line
+        finally:
+            self._num_listeners -= 1
+
+    async def _lines_for_listener(self) -> AsyncGenerator[bytes]:
         while not self._is_ending or self.executor.num_streams > 0:
             news = self.executor.next_news
             try:
@@ -172,7 +208,7 @@ class NodeService:
         if self.registrar is not None:
             await self.registrar.leave()
 
-    async def _register_once_loaded(self, registrar: Registrar) -> None:
+    async def _register_once_loaded(self, registrar: Membership) -> None:
         await self.executor.wait_until_loaded()
         if not self.executor.has_failed and not self.executor.is_draining:
             registrar.start()
@@ -228,67 +264,6 @@ class NodeService:
                 attributes = {f"proserve.{name}": value for name, value in figures.items()}
                 attributes["proserve.step_id"] = report.step_id
                 span.event(mark.name, attributes, ago_s=time.monotonic() - mark.began_s)
-
-
-class TokenEventsResponse(Response):
-    """Streams token events as lines of JSON, each as soon as it is there.
-
-    Headers and first line leave together; after `heartbeat_s` without a line, an empty one does.
-    A client that closes its connection, even before the first token, ends the events and thereby
-    aborts the request.
-    """
-
-    def __init__(self, events: AsyncGenerator[RequestEvent], *, heartbeat_s: float) -> None:
-        super().__init__(media_type=NDJSON)
-        self._events = events
-        self._heartbeat_s = heartbeat_s
-        self._writing = asyncio.Lock()
-        self._last_line_s: float | None = None
-        del self.headers["content-length"]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Write until the events end or the client leaves."""
-        writing = asyncio.create_task(self._write(send))
-        leaving = asyncio.create_task(_wait_for_disconnect(receive))
-        beating = asyncio.create_task(self._beat(send))
-        try:
-            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                writing.result()
-        finally:
-            for task in (writing, leaving, beating):
-                task.cancel()
-            await asyncio.gather(writing, leaving, beating, return_exceptions=True)
-
-    async def _write(self, send: Send) -> None:
-        async with contextlib.aclosing(self._events) as events:
-            async for event in events:
-                await self._write_line(_line(event), send)
-        async with self._writing:
-            await send({"type": "http.response.body", "body": b""})
-
-    async def _beat(self, send: Send) -> None:
-        begun_s = time.monotonic()
-        while True:
-            due_s = (self._last_line_s or begun_s) + self._heartbeat_s
-            pause_s = due_s - time.monotonic()
-            if pause_s > 0:
-                await asyncio.sleep(pause_s)
-            else:
-                await self._write_line(b"\n", send)
-
-    async def _write_line(self, line: bytes, send: Send) -> None:
-        async with self._writing:
-            if self._last_line_s is None:
-                await send(
-                    {
-                        "type": "http.response.start",
-                        "status": HTTPStatus.OK,
-                        "headers": self.raw_headers,
-                    }
-                )
-            self._last_line_s = time.monotonic()
-            await send({"type": "http.response.body", "body": line, "more_body": True})
 
 
 def create_node_app(service: NodeService) -> FastAPI:
@@ -354,7 +329,8 @@ def create_node_app(service: NodeService) -> FastAPI:
         if trouble is not None:
             body = ErrorBody(trouble, is_final=service.executor.has_failed)
             return _json(body, HTTPStatus.SERVICE_UNAVAILABLE)
-        return _json({"status": "draining" if service.executor.is_draining else "ready"})
+        status = "draining" if service.executor.is_draining else "ready"
+        return _json({"status": "fenced" if service.is_fenced else status})
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -367,11 +343,6 @@ def create_node_app(service: NodeService) -> FastAPI:
         return Response(text, media_type="text/plain; version=0.0.4")
 
     return app
-
-
-async def _wait_for_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _span_attributes(body: GenerateRequest, endpoint_id: str, model: str) -> Attributes:
@@ -389,16 +360,6 @@ def _span_attributes(body: GenerateRequest, endpoint_id: str, model: str) -> Att
         "proserve.elapsed_s": body.elapsed_s,
         "proserve.num_delivered_tokens": num_delivered,
     }
-
-
-def _line(event: RequestEvent) -> bytes:
-    message = TokenEvent(
-        new_token_ids=event.new_token_ids,
-        logprobs=event.logprobs,
-        finish_reason=event.finish_reason,
-        error=event.error,
-    )
-    return _json_encoder.encode(message) + b"\n"
 
 
 def _json(value: object, status: HTTPStatus = HTTPStatus.OK) -> Response:

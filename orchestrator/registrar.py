@@ -66,6 +66,11 @@ class Registrar:
         self._failures: dict[str, str | None] = {}
         """By router, why the last try has failed; None if it has not."""
 
+    @property
+    def has_lost_lease(self) -> bool:
+        """Return False: these routers ask the node itself."""
+        return False
+
     def start(self) -> None:
         """Register and stay registered until `leave`."""
         for url in self._router_urls:

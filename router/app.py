@@ -29,6 +29,7 @@ from router.dispatch import Dispatcher
 from router.endpoints import EndpointPool
 from router.error_handlers import add_error_handlers, json_response
 from router.errors import Refused
+from router.etcd_registry import EtcdRegistry
 from router.generation import Generation, GenerationTools
 from router.idempotency import KeptAnswers, request_key
 from router.metrics import CONTENT_TYPE, RouterMetrics
@@ -94,9 +95,11 @@ class RouterService:
         self.registrations: Registrations | None = None
         if config.registration is not None:
             self.registrations = Registrations(config.registration, self.pool, clock, self.metrics)
-        self.followed_nodes: FollowedNodes | None = None
+        self.followed_nodes: FollowedNodes | EtcdRegistry | None = None
         if config.nodes_file is not None:
             self.followed_nodes = FollowedNodes(config.nodes_file, self.pool)
+        elif config.registry is not None:
+            self.followed_nodes = EtcdRegistry(config.registry, self.pool, clock, self.metrics)
         store = OwnUsage() if seat is None else seat.usage()
         self.directory = _directory(config, clock, self.metrics, store)
         self._everybody = Client.everybody(

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from orchestrator.core.slo import PriorityClass, Slo
+from orchestrator.etcd import RegistryConfig
 from orchestrator.peers import SecretConfig, ServiceUrl
 from orchestrator.tracing import TracingConfig
 from orchestrator.yaml_config import Problem, problems_error
@@ -266,6 +267,10 @@ class RouterSettings(RoutingConfig):
     registration: RegistrationConfig | None = None
     """Whether nodes may register themselves. None: there are only those of the configuration."""
 
+    registry: RegistryConfig | None = None
+    """etcd, which says which nodes there are, to any number of routers. None: the router's own
+    configuration does."""
+
     tracing: TracingConfig | None = None
     """Spans of requests for OpenTelemetry. None makes none."""
 
@@ -304,6 +309,11 @@ class RouterSettings(RoutingConfig):
                 f"snapshot_poll_interval_s, {self.snapshot_poll_interval_s}",
             )
 
+        if self.registry is not None and self.registration is not None:
+            yield (
+                ("registration",),
+                "registration and registry are both set, so nodes could come twice; remove one",
+            )
         if self.num_workers > 1 and self.registration is not None:
             yield (
                 ("num_workers",),
@@ -331,23 +341,25 @@ class RouterConfig(RouterSettings):
     """Name under which the model is served; nodes that serve another name are not used."""
 
     nodes: tuple[EndpointConfig, ...] = ()
-    """Where requests may be sent. Nodes that register themselves come on top; without
-    `registration` there must be at least one, unless there is a `nodes_file`."""
+    """Where requests may be sent. Nodes that register themselves at the router come on top; it is
+    empty with a `nodes_file` or a `registry`."""
 
     nodes_file: Path | None = None
     """A file whose key `nodes` lists the nodes in place of this one; the router follows it."""
 
     @model_validator(mode="after")
     def _check_nodes(self) -> Self:
-        if self.nodes_file is not None:
-            if self.nodes or self.registration is not None:
-                raise ValueError(
-                    "nodes_file lists all nodes there are; remove it, or nodes and registration"
-                )
-        elif not self.nodes and self.registration is None:
+        if self.nodes_file is not None and (self.nodes or self.registration or self.registry):
             raise ValueError(
-                "nodes is empty and there is no registration, so there would never be a node; "
-                "list nodes, or set registration or nodes_file"
+                "nodes_file lists all nodes there are; remove it, or nodes, registration and "
+                "registry"
+            )
+        if self.registry is not None and self.nodes:
+            raise ValueError("registry knows all nodes there are; remove it, or nodes")
+        if not (self.nodes or self.nodes_file or self.registration or self.registry):
+            raise ValueError(
+                "nodes is empty and nothing says where they are, so there would never be a node; "
+                "list nodes, or set nodes_file, registration or registry"
             )
         check_unique_nodes(self.nodes)
         return self

@@ -221,6 +221,11 @@ class RouterMetrics:
             ("event",),
             registry=self._registry,
         ).labels
+        self.registry_is_followed = Gauge(
+            "proserve_router_registry_is_followed",
+            "1 while etcd tells of nodes as they come and go; 0 without etcd as well.",
+            registry=self._registry,
+        )
 
     def _declare_client_metrics(self) -> None:
         """Declare what is counted by client; only names of the clients file become labels."""

@@ -33,6 +33,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     "router": (
         "orchestrator.core",
+        "orchestrator.etcd",
         "orchestrator.peers",
         "orchestrator.tracing",
         "orchestrator.wire",

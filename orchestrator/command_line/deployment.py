@@ -244,14 +244,14 @@ class DeploymentConfig(BaseModel):
             EngineDirectoryError, ConfigError: as `served_model`.
         """
         nodes = [placed.config for placed in self.placed_nodes()]
+        listed = tuple(
+            EndpointConfig(endpoint_id=n.endpoint_id, url=local_url(n.host, n.port)) for n in nodes
+        )
         return RouterConfig(
             **self.router_settings(),
             engine_dir=nodes[0].engine.directory,
             model=self.served_model(),
-            nodes=tuple(
-                EndpointConfig(endpoint_id=n.endpoint_id, url=local_url(n.host, n.port))
-                for n in nodes
-            ),
+            nodes=listed if self.router.registry is None else (),
         )
 
     def router_settings(self) -> Mapping[str, Any]:

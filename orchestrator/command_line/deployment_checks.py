@@ -49,6 +49,7 @@ def cross_problems(deployment: object) -> Iterator[Problem]:
             ("router", "port"),
             "router.port is 0; a deployment needs to know it, choose a free one",
         )
+    yield from _unregistered(router, nodes, groups)
     yield from _repeated_names(nodes, groups)
     listeners = [_router(router), *(_node(index, node) for index, node in enumerate(nodes))]
     for index, group in enumerate(groups):
@@ -62,6 +63,21 @@ def cross_problems(deployment: object) -> Iterator[Problem]:
             )
         listeners += members
     yield from _collisions(listeners)
+
+
+def _unregistered(
+    router: object, nodes: Sequence[object], groups: Sequence[object]
+) -> Iterator[Problem]:
+    if not _get(router, "registry"):
+        return
+    for key, sections in (("nodes", nodes), ("node_groups", groups)):
+        for index, section in enumerate(sections):
+            if not _get(section, "registry"):
+                yield (
+                    (key, index),
+                    "it has no registry, though router.registry says that routers find nodes "
+                    "there; give it the same one",
+                )
 
 
 def _repeated_names(nodes: Sequence[object], groups: Sequence[object]) -> Iterator[Problem]:

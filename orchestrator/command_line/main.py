@@ -84,9 +84,39 @@ def node(file: ConfigFile, *, die_with_parent: DieWithParent = False) -> None:
             config.registration.read_secret(),
             service.metrics,
         )
+    if config.registry is not None:
+        from orchestrator.etcd_registrar import EtcdRegistrar
+        from orchestrator.wire import NodeRegistration
+
+        service.registrar = EtcdRegistrar(
+            config.registry,
+            NodeRegistration(config.endpoint_id, service.instance_id, config.advertised_url()),
+            service.metrics,
+        )
+    sockets = processes.Sockets(_node_socket(config.host, config.port))
     raise typer.Exit(
-        processes.serve_http(create_node_app(service), host=config.host, port=config.port)
+        processes.serve_http(
+            create_node_app(service), host=config.host, port=config.port, sockets=sockets
+        )
     )
+
+
+def _node_socket(host: str, port: int) -> socket.socket:
+    """Return where a node listens. The connections that come by it inherit its options, so a node
+    notices routers that are cut off, and works for nobody no longer than two seconds."""
+    from orchestrator.command_line.processes import bound_socket
+    from orchestrator.command_line.service import StartFailed
+    from router.upstream_socket import probe_other_end
+
+    try:
+        listening = bound_socket(host, port, is_shared=False)
+    except OSError as error:
+        raise StartFailed(
+            f"the node cannot listen on {host} port {port}: {error.strerror}; stop what listens "
+            "there, or choose another port"
+        ) from error
+    probe_other_end(listening)
+    return listening
 
 
 @app.command()
@@ -124,7 +154,7 @@ def router(
         raise typer.Exit(router_workers.run_worker(config, worker, worker_directory))
     configure_logging(component="router")
     if socket_fd is not None and private_socket is not None:
-        sockets = processes.SharedSockets(socket.socket(fileno=socket_fd), private_socket)
+        sockets = processes.Sockets(socket.socket(fileno=socket_fd), private_socket)
         raise typer.Exit(router_workers.run_replica(config, sockets, max_drain_s))
     if config.num_workers > 1:
         raise typer.Exit(asyncio.run(router_workers.run_workers(config)))

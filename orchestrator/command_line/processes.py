@@ -63,14 +63,15 @@ def become(command: Sequence[str]) -> NoReturn:
 
 
 @dataclass(frozen=True, slots=True)
-class SharedSockets:
-    """Where one of several processes that serve a port together listens."""
+class Sockets:
+    """Where a service listens."""
 
     public: socket.socket
-    """Bound with SO_REUSEPORT, so that the kernel gives each process a part of the connections; or
-    one that all of them have inherited, so that each takes connections as it can."""
+    """With its own options. One of several processes that serve a port together has bound it with
+    SO_REUSEPORT, so that the kernel gives each process a part of the connections; or all of them
+    have inherited it, so that each takes connections as it can."""
 
-    private_path: Path
+    private_path: Path | None = None
     """Of a Unix socket, for the other processes."""
 
 
@@ -173,13 +174,13 @@ def serve_http(
     host: str,
     port: int,
     protocol: type[asyncio.Protocol] | None = None,
-    shared: SharedSockets | None = None,
+    sockets: Sockets | None = None,
     max_drain_s: float | None = None,
 ) -> int:
     """Serve `app` until SIGTERM or Ctrl-C, let open requests end, and return an exit status.
 
     `protocol` is for HTTP/1.1; None takes uvicorn's own, for those whose clients are trusted.
-    `shared` takes the place of host and port in one of several processes. With `max_drain_s`, for
+    `sockets` take the place of host and port. With `max_drain_s`, for
     a `protocol` that is `Leaving` while others go on, open requests have this long instead of
     `DRAIN_GRACE_S`, and connections are left to their clients first.
 
@@ -204,12 +205,12 @@ def serve_http(
         ),
         getattr(app.state, "begin_shutdown", None),
         app.state.end_open_requests,
-        None if shared is None else shared.private_path,
+        None if sockets is None else sockets.private_path,
         max_drain_s,
     )
     # What is loaded by now stays. Looking through it for garbage takes a router 55 ms each time
     # (AMD EPYC, busy), in which no stream goes on.
     gc.collect()
     gc.freeze()
-    server.run(None if shared is None else [shared.public])
+    server.run(None if sockets is None else [sockets.public])
     return 0 if server.started else 1

@@ -47,14 +47,14 @@ def run_alone(config: RouterConfig) -> int:
     )
 
 
-def run_replica(config: RouterConfig, sockets: processes.SharedSockets, max_drain_s: float) -> int:
+def run_replica(config: RouterConfig, sockets: processes.Sockets, max_drain_s: float) -> int:
     """Serve as one of several routers that have a socket together; return an exit status."""
     return processes.serve_http(
         create_app(config),
         host=config.host,
         port=config.port,
         protocol=GuardedHttpProtocol,
-        shared=sockets,
+        sockets=sockets,
         max_drain_s=max_drain_s,
     )
 
@@ -62,7 +62,7 @@ def run_replica(config: RouterConfig, sockets: processes.SharedSockets, max_drai
 def run_worker(config: RouterConfig, worker: int, directory: Path) -> int:
     """Serve as one of a router's workers, which meet in `directory`; return an exit status."""
     seat = WorkerSeat(worker, config.num_workers, directory)
-    sockets = processes.SharedSockets(
+    sockets = processes.Sockets(
         processes.bound_socket(config.host, config.port, is_shared=True), seat.socket_path(worker)
     )
     return processes.serve_http(
@@ -70,7 +70,7 @@ def run_worker(config: RouterConfig, worker: int, directory: Path) -> int:
         host=config.host,
         port=config.port,
         protocol=GuardedHttpProtocol,
-        shared=sockets,
+        sockets=sockets,
     )
 
 

@@ -54,6 +54,35 @@ async def test_snapshots_count_upwards(node: Node) -> None:
     await until(is_newer, "there is a newer snapshot")
 
 
+class LostRegistrar:
+    """Of a node whose registration has run out."""
+
+    has_lost_lease = True
+
+    def start(self) -> None:
+        pass
+
+    async def leave(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+
+async def test_a_node_that_is_cut_off_takes_nothing_until_a_router_listens(node: Node) -> None:
+    node.service.registrar = LostRegistrar()
+    message = msgspec.json.encode(body())
+
+    refused = await node.client.post("/v1/generate", content=message)
+    async with node.client.stream("GET", "/v1/snapshots") as answer:
+        await anext(answer.aiter_lines())
+        taken = await node.client.post("/v1/generate", content=message)
+
+    assert refused.status_code == 503
+    assert "cut off" in refused.text
+    assert taken.status_code == 200
+
+
 async def test_a_node_that_is_to_end_waits_for_no_listener_but_for_its_requests(node: Node) -> None:
     async with node.client.stream("GET", "/v1/snapshots") as answer:
         lines = answer.aiter_lines()

@@ -41,7 +41,21 @@ def test_a_node_address_loses_its_last_slash() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        pytest.param({"nodes": []}, "nodes is empty and there is no registration", id="no nodes"),
+        pytest.param({"nodes": []}, "nodes is empty and nothing says where", id="no nodes"),
+        pytest.param(
+            {"registry": {"endpoints": ["http://127.0.0.1:2379"]}},
+            "registry knows all nodes there are",
+            id="nodes and registry",
+        ),
+        pytest.param(
+            {
+                "nodes": [],
+                "registry": {"endpoints": ["http://127.0.0.1:2379"]},
+                "registration": {"secret_file": "secret"},
+            },
+            "registration and registry are both set",
+            id="registration and registry",
+        ),
         pytest.param({"nodes": VALID["nodes"] * 2}, "nodes: each may be listed once", id="twice"),
         pytest.param({"default_class": "vip"}, "must be one of the classes", id="default class"),
         pytest.param({"max_snapshot_age_s": 0.1}, "must exceed", id="age below poll interval"),

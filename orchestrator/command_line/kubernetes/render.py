@@ -56,13 +56,15 @@ def write(files: Mapping[str, str], directory: Path) -> list[Path]:
 
 
 def _check_registration(config: DeploymentConfig) -> None:
-    registered = {"router": config.router.registration is not None}
-    registered |= {node.endpoint_id: node.registration is not None for node in config.nodes}
-    for name, is_registered in registered.items():
-        if is_registered:
+    router = config.router
+    found: dict[str, object] = {"router": router.registration or router.registry}
+    found |= {node.endpoint_id: node.registration or node.registry for node in config.nodes}
+    found |= {group.name: group.registry for group in config.node_groups}
+    for name, section in found.items():
+        if section is not None:
             raise ConfigError(
-                f"{name} has a registration, which is not rendered: on Kubernetes routers know "
-                "every node by its name, those of autoscaling too; leave it out"
+                f"{name} has a registration or registry, which is not rendered: on Kubernetes "
+                "routers know every node by its name, those of autoscaling too; leave it out"
             )
 
 

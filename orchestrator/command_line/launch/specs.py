@@ -76,7 +76,7 @@ def process_specs(config: DeploymentConfig, directory: StateDir) -> tuple[Proces
         **config.router_settings(),
         engine_dir=placed[0].config.engine.directory,
         model=config.served_model(),
-        nodes_file=directory.nodes_file,
+        nodes_file=directory.nodes_file if router.registry is None else None,
     )
     address = Address(router.host, router.port)
     routers = (

@@ -167,3 +167,12 @@ def test_a_mistake_inside_a_section_does_not_hide_one_between_sections(tmp_path:
         "4:6:",
         "4:22:",
     ]
+
+
+def test_routers_that_look_into_etcd_need_nodes_that_are_there(tmp_path: Path) -> None:
+    registry = "registry: {endpoints: ['http://127.0.0.1:2379']}"
+
+    [problem] = problems_of(tmp_path, f"{GROUP}router:\n  {registry}\n")
+    assert "it has no registry, though router.registry says" in problem
+    config = load(tmp_path, f"{GROUP}    {registry}\nrouter:\n  {registry}\n")
+    assert [placed.config.registry is not None for placed in config.placed_nodes()] == [True] * 2

@@ -16,6 +16,7 @@ from orchestrator.command_line.kubernetes.routers import LEAVE_S
 from orchestrator.command_line.launch.log_files import MAX_LOG_BYTES
 from orchestrator.command_line.main import app
 from orchestrator.command_line.processes import DRAIN_GRACE_S
+from router.etcd_registry import MAX_SILENCE_S
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs/deployment.md").read_text()
@@ -30,9 +31,19 @@ def test_the_example_is_a_deployment_with_the_nodes_that_it_promises() -> None:
     assert names == ["chat-0", "chat-1", "chat-2"]
 
 
+def test_the_example_with_etcd_is_a_deployment_whose_nodes_can_be_reached() -> None:
+    config = DeploymentConfig.model_validate(yaml.safe_load(FILES[2]))
+
+    urls = [placed.config.advertised_url() for placed in config.placed_nodes()]
+    assert urls == ["http://10.0.0.11:8101", "http://10.0.0.11:8102"]
+    assert config.router.registry is not None
+    assert f"`lease_s` ({config.router.registry.lease_s} s)" in PAGE
+    assert f"silent for {MAX_SILENCE_S:.0f} s" in PAGE
+
+
 def test_the_autoscaler_is_a_part_of_a_group() -> None:
     content = yaml.safe_load(FILES[0])
-    content["node_groups"][0] |= yaml.safe_load(FILES[2])
+    content["node_groups"][0] |= yaml.safe_load(FILES[3])
 
     scaling = DeploymentConfig.model_validate(content).node_groups[0].kubernetes.autoscaling
 

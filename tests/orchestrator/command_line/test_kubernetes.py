@@ -336,9 +336,12 @@ def test_files_that_are_named_are_mounted() -> None:
         named = {f"{model.__name__}.{name}" for name, field in fields if is_file(field.annotation)}
         return named.union(*(files_of(m) for _, f in fields for m in models_in(f.annotation)))
 
-    refused = {"RegistrationConfig.secret_file"}  # with the whole registration
-    assert files_of(RouterSettings) - refused == {"RouterSettings.clients_file"}
-    assert {name.partition(".")[2] for name in files_of(NodeSettings)} == {"directory"}
+    def shown(model: type) -> set[str]:
+        sections = ("RegistrationConfig.", "RegistryConfig.", "NodeRegistryConfig.")  # are refused
+        return {name for name in files_of(model) if not name.startswith(sections)}
+
+    assert shown(RouterSettings) == {"RouterSettings.clients_file"}
+    assert {name.partition(".")[2] for name in shown(NodeSettings)} == {"directory"}
 
 
 def is_file(annotation: object) -> bool:
@@ -372,6 +375,7 @@ def test_without_a_volume_the_engine_is_in_the_image() -> None:
         (GROUP + "router: {clients_file: c.yaml}", "kubectl create secret generic NAME --from-f"),
         (GROUP + "kubernetes: {clients_secret: c}", "there is no router.clients_file"),
         (GROUP + "router: {registration: {secret_env: S}}", "router has a registration"),
+        (GROUP.rstrip() + "\n    registry: {endpoints: ['http://e:2379']}\n", "chat has a registr"),
         (GROUP.replace("name: chat", "name: router"), "cannot be told from the routers"),
         (GROUP.replace("model: tiny", ""), "here: no such engine directory.*as `model`"),
         (
