@@ -28,6 +28,7 @@ from orchestrator.command_line.kubernetes_config import (
 )
 from orchestrator.config import NodeConfig, NodeSettings, Port
 from orchestrator.core.errors import ConfigError
+from orchestrator.peers import ServiceUrl
 from orchestrator.yaml_config import Problem, problems_error
 from router.config import EndpointConfig, Name, RouterConfig, RouterSettings
 
@@ -66,6 +67,28 @@ class RestartConfig(BaseModel):
     error."""
 
 
+class RayConfig(BaseModel):
+    """The Ray cluster of `proserve up --on ray`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    address: Annotated[str, Field(min_length=1)] = "auto"
+    """Address of the cluster's head, HOST:PORT; `auto` finds a cluster that this machine is part
+    of."""
+
+    router_url: ServiceUrl | None = None
+    """Under which nodes on other hosts reach the router; by default its `host` and `port`."""
+
+
+class NodeOnRayConfig(BaseModel):
+    """What each node of a group asks of Ray, besides `num_gpus` and `num_cpus`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    resources: dict[str, PositiveFloat] = {}
+    """Ray's custom resources, by name."""
+
+
 class RouterSection(RouterSettings):
     """The routers of a deployment; all of them are the same."""
 
@@ -100,6 +123,9 @@ class NodeGroupConfig(NodeSettings):
 
     kubernetes: NodePodsConfig = NodePodsConfig()
     """What Kubernetes has to be told on top."""
+
+    ray: NodeOnRayConfig = NodeOnRayConfig()
+    """What Ray has to be told on top."""
 
     @property
     def num_node_gpus(self) -> int:
@@ -163,6 +189,9 @@ class PlacedNode:
     gpus: tuple[int, ...] | None
     """Which of the machine's GPUs are its own; None: it sees all of them."""
 
+    group: NodeGroupConfig | None = None
+    """None: it is described by itself."""
+
 
 class DeploymentConfig(BaseModel):
     """Routers, nodes, and how they are kept running: `proserve serve` starts them on this machine,
@@ -190,6 +219,9 @@ class DeploymentConfig(BaseModel):
     kubernetes: KubernetesConfig = KubernetesConfig()
     """What only Kubernetes has to be told."""
 
+    ray: RayConfig = RayConfig()
+    """What only `proserve up --on ray` has to be told."""
+
     @model_validator(mode="wrap")
     @classmethod
     def _check(cls, data: object, validate: ModelWrapValidatorHandler[Self]) -> Self:
@@ -211,7 +243,7 @@ class DeploymentConfig(BaseModel):
             for number in range(group.num_nodes):
                 gpus = tuple(range(next_gpu, next_gpu + group.num_node_gpus))
                 next_gpu += group.num_node_gpus
-                placed.append(PlacedNode(group.node(number), gpus or None))
+                placed.append(PlacedNode(group.node(number), gpus or None, group))
         return tuple(placed)
 
     def served_model(self) -> str:

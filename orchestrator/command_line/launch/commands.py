@@ -33,6 +33,7 @@ class Place(StrEnum):
     """Where a deployment runs."""
 
     LOCAL = "local"
+    RAY = "ray"
 
 
 Name = Annotated[
@@ -140,6 +141,10 @@ def _launcher(
             from orchestrator.command_line.launch.local import LocalLauncher
 
             return LocalLauncher(directory, on_status=on_status)
+        case Place.RAY:
+            from orchestrator.command_line.launch.ray_launcher import RayLauncher
+
+            return RayLauncher(directory, on_status=on_status)
 
 
 def _existing(name: str | None) -> StateDir:

@@ -29,6 +29,8 @@ class Up(msgspec.Struct, frozen=True):
     """Working directory of who asks, from which relative paths count."""
 
     start_timeout_s: float
+    are_nodes_elsewhere: bool = False
+    """Only routers are this supervisor's business."""
 
 
 class Restart(msgspec.Struct, frozen=True):
@@ -103,7 +105,12 @@ def create_control_app(reconciler: Reconciler, working_directory: str) -> FastAP
                 HTTPStatus.BAD_REQUEST,
             )
         config = validate_model(asked.deployment, DeploymentConfig, source="deployment")
-        return _answer(Accepted(reconciler.pursue(config, start_timeout_s=asked.start_timeout_s)))
+        goal = reconciler.pursue(
+            config,
+            start_timeout_s=asked.start_timeout_s,
+            are_nodes_elsewhere=asked.are_nodes_elsewhere,
+        )
+        return _answer(Accepted(goal))
 
     @app.post("/restart")
     async def restart(request: Request) -> Response:

@@ -39,7 +39,9 @@ class LocalLauncher:
         self._directory = directory
         self._on_status = on_status or (lambda _: None)
 
-    def up(self, config: DeploymentConfig, *, start_timeout_s: float) -> DeploymentStatus:
+    def up(
+        self, config: DeploymentConfig, *, start_timeout_s: float, are_nodes_elsewhere: bool = False
+    ) -> DeploymentStatus:
         """Make the deployment what its file says; start a supervisor if there is none."""
         self._directory.create()
         here = str(Path.cwd())
@@ -47,7 +49,7 @@ class LocalLauncher:
         if has_started:
             self._start_supervisor(here)
         settings = config.model_dump(mode="json", exclude_unset=True)
-        up = Up(settings, here, start_timeout_s)
+        up = Up(settings, here, start_timeout_s, are_nodes_elsewhere)
         try:
             return self._wait_for(self._ask("PUT", "/deployment", Accepted, up).goal)
         except LaunchFailed:

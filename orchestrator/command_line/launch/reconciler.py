@@ -60,14 +60,17 @@ class Reconciler:
         self._trouble = ""
         self._running = asyncio.create_task(self._run(), name="reconcile")
 
-    def pursue(self, config: DeploymentConfig, *, start_timeout_s: float) -> int:
-        """Set a new goal; return its number.
+    def pursue(
+        self, config: DeploymentConfig, *, start_timeout_s: float, are_nodes_elsewhere: bool = False
+    ) -> int:
+        """Set a new goal, as `process_specs` says; return its number.
 
         Raises:
             ConfigError: it cannot be reached; nothing has changed.
             EngineDirectoryError: as `process_specs`.
         """
-        specs = {spec.name: spec for spec in process_specs(config, self._directory)}
+        all_specs = process_specs(config, self._directory, are_nodes_elsewhere=are_nodes_elsewhere)
+        specs = {spec.name: spec for spec in all_specs}
         self._check_addresses(specs)
         return self._set(_Goal(specs, config.restarts, start_timeout_s))
 

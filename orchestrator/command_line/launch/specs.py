@@ -14,7 +14,7 @@ from orchestrator.command_line.launch.state_dir import StateDir
 from orchestrator.command_line.serve import node_environment
 from orchestrator.config import NodeConfig
 from orchestrator.core.errors import ConfigError
-from router.config import EndpointConfig, RouterConfig
+from router.config import EndpointConfig, RegistrationConfig, RouterConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +53,14 @@ class ProcessSpec:
         return EndpointConfig(endpoint_id=self.name, url=self.address.url)
 
 
-def process_specs(config: DeploymentConfig, directory: StateDir) -> tuple[ProcessSpec, ...]:
-    """Return every process of a deployment.
+def process_specs(
+    config: DeploymentConfig, directory: StateDir, *, are_nodes_elsewhere: bool = False
+) -> tuple[ProcessSpec, ...]:
+    """Return every process of a deployment on this machine. Nodes that are elsewhere register
+    themselves at the router, or in etcd.
 
     Raises:
-        ConfigError: the deployment cannot run on this machine in this way.
+        ConfigError: the deployment cannot run in this way.
         EngineDirectoryError: as `DeploymentConfig.served_model`.
     """
     router = config.router
@@ -68,22 +71,35 @@ def process_specs(config: DeploymentConfig, directory: StateDir) -> tuple[Proces
         )
     if router.registration is not None:
         raise ConfigError(
-            "router.registration is set, but `proserve up` tells its routers all nodes; remove it, "
-            "or start routers by `proserve router`"
+            "router.registration is set, but `proserve up` sees to it that routers know all nodes; "
+            "remove it, or start routers by `proserve router`"
+        )
+    if are_nodes_elsewhere and router.num_replicas > 1 and router.registry is None:
+        raise ConfigError(
+            f"router.num_replicas is {router.num_replicas}, but nodes elsewhere register at one "
+            "router; set it to 1, or have them meet in etcd (router.registry)"
         )
     placed = config.placed_nodes()
-    router_config = RouterConfig(
-        **config.router_settings(),
-        engine_dir=placed[0].config.engine.directory,
-        model=config.served_model(),
-        nodes_file=directory.nodes_file if router.registry is None else None,
+    ways: dict[str, object] = {}
+    if router.registry is None and are_nodes_elsewhere:
+        ways["registration"] = RegistrationConfig(secret_file=directory.secret_file)
+    elif router.registry is None:
+        ways["nodes_file"] = directory.nodes_file
+    router_config = RouterConfig.model_validate(
+        {
+            **config.router_settings(),
+            "engine_dir": placed[0].config.engine.directory,
+            "model": config.served_model(),
+            **ways,
+        }
     )
     address = Address(router.host, router.port)
     routers = (
         ProcessSpec(f"router-{number}", ProcessKind.ROUTER, address, router_config)
         for number in range(router.num_replicas)
     )
-    specs = (*map(_node, placed), *routers)
+    nodes = () if are_nodes_elsewhere else map(_node, placed)
+    specs = (*nodes, *routers)
     names = [spec.name for spec in specs]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

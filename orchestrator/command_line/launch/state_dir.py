@@ -67,6 +67,16 @@ class StateDir:
         return self.path / "nodes.json"
 
     @property
+    def secret_file(self) -> Path:
+        """Return the secret of routers and of nodes on other machines."""
+        return self.path / "secret"
+
+    @property
+    def ray_file(self) -> Path:
+        """Return which Ray cluster has the nodes, if one has."""
+        return self.path / "ray.json"
+
+    @property
     def supervisor_log(self) -> Path:
         """Return where the supervisor says what it does."""
         return self.log("supervisor")

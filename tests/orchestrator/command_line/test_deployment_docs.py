@@ -41,9 +41,16 @@ def test_the_example_with_etcd_is_a_deployment_whose_nodes_can_be_reached() -> N
     assert f"silent for {MAX_SILENCE_S:.0f} s" in PAGE
 
 
+def test_the_example_for_ray_is_a_deployment() -> None:
+    config = DeploymentConfig.model_validate(yaml.safe_load(FILES[3]))
+
+    assert config.node_groups[0].ray.resources == {"engine": 1}
+    assert config.ray.router_url == "http://10.0.0.5:8000"
+
+
 def test_the_autoscaler_is_a_part_of_a_group() -> None:
     content = yaml.safe_load(FILES[0])
-    content["node_groups"][0] |= yaml.safe_load(FILES[3])
+    content["node_groups"][0] |= yaml.safe_load(FILES[4])
 
     scaling = DeploymentConfig.model_validate(content).node_groups[0].kubernetes.autoscaling
 
