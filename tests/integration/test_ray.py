@@ -44,7 +44,7 @@ class OnRay:
         """Run a command that succeeds; return what it says."""
         command = [sys.executable, "-m", "orchestrator.command_line.main", *arguments]
         done = subprocess.run(
-            [*command, "--on", "ray"],
+            command,
             env=self.environment,
             capture_output=True,
             text=True,
@@ -140,7 +140,7 @@ async def ask(http: httpx.AsyncClient, index: int) -> Answer:
 async def test_a_host_that_is_lost_costs_no_request_and_its_node_comes_back_elsewhere(
     on_ray: OnRay,
 ) -> None:
-    on_ray.run("up", str(on_ray.file))
+    on_ray.run("up", str(on_ray.file), "--on", "ray")
     before = on_ray.status()
     assert [process.name for process in before.processes] == ["chat-0", "chat-1", "router-0"]
     until(on_ray.are_both_used, "the router knows both nodes")
@@ -160,7 +160,7 @@ async def test_a_host_that_is_lost_costs_no_request_and_its_node_comes_back_else
     assert sum(old != new for old, new in pids) == 1
 
     on_ray.file.write_text(on_ray.file.read_text().replace("num_nodes: 2", "num_nodes: 1"))
-    on_ray.run("up", str(on_ray.file))
+    on_ray.run("up", str(on_ray.file), "--on", "ray")
     on_ray.run("restart", "chat-0")
     last = on_ray.status().processes
     assert [process.name for process in last] == ["chat-0", "router-0"]

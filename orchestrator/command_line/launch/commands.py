@@ -34,12 +34,12 @@ class Place(StrEnum):
 
     LOCAL = "local"
     RAY = "ray"
+    KUBERNETES = "kubernetes"
 
 
 Name = Annotated[
     str | None, typer.Option("--name", help="The deployment; by default the only one there is.")
 ]
-On = Annotated[Place, typer.Option("--on", help="Where it runs.")]
 Processes = Annotated[
     list[str] | None, typer.Argument(help="Names as `status` shows them; by default all.")
 ]
@@ -50,7 +50,7 @@ def up(
     name: Annotated[
         str | None, typer.Option("--name", help="Name of the deployment; by default the file's.")
     ] = None,
-    on: On = Place.LOCAL,
+    on: Annotated[Place, typer.Option("--on", help="Where it is to run.")] = Place.LOCAL,
     start_timeout_s: Annotated[
         float, typer.Option(help="Seconds that a process may take to become healthy.")
     ] = 180.0,
@@ -61,6 +61,12 @@ def up(
 
     config = load_yaml_model(file, DeploymentConfig)
     directory = StateDir.of(name or file.stem)
+    place = _place_of(directory)
+    if place not in {None, on}:
+        raise ConfigError(
+            f"{directory.name} runs on {place} already, not on {on}; stop it with: proserve down "
+            f"--name {directory.name}; or give this one another --name"
+        )
     with _progress() as show:
         status = _launcher(on, directory, show).up(config, start_timeout_s=start_timeout_s)
     _print(status)
@@ -68,14 +74,13 @@ def up(
 
 def status(
     name: Name = None,
-    on: On = Place.LOCAL,
     *,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Show the processes of a deployment."""
     import msgspec
 
-    found = _launcher(on, _existing(name)).status()
+    found = _existing_launcher(name).status()
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(found)).decode())
     else:
@@ -85,31 +90,30 @@ def status(
 def logs(
     processes: Processes = None,
     name: Name = None,
-    on: On = Place.LOCAL,
     *,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on for ever.")] = False,
     num_lines: Annotated[int, typer.Option("-n", min=0, help="Lines of each to begin with.")] = 20,
 ) -> None:
     """Show what the processes of a deployment have said."""
-    lines = _launcher(on, _existing(name)).logs(processes or (), num_lines=num_lines, follow=follow)
+    launcher = _existing_launcher(name)
+    lines = launcher.logs(processes or (), num_lines=num_lines, follow=follow)
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
         for line in lines:
             sys.stdout.write(f"{line}\n")
             sys.stdout.flush()
 
 
-def restart(processes: Processes = None, name: Name = None, on: On = Place.LOCAL) -> None:
+def restart(processes: Processes = None, name: Name = None) -> None:
     """Replace processes of a deployment, one after the other; open requests do not notice."""
     with _progress() as show:
-        found = _launcher(on, _existing(name), show).restart(processes or ())
+        found = _existing_launcher(name, show).restart(processes or ())
     _print(found)
 
 
-def down(name: Name = None, on: On = Place.LOCAL) -> None:
+def down(name: Name = None) -> None:
     """Let the open requests of a deployment end, and stop it."""
-    directory = _existing(name)
-    _launcher(on, directory).down()
-    console.print(f"{directory.name} is down", highlight=False)
+    _existing_launcher(name).down()
+    console.print("down")
 
 
 def supervise(
@@ -145,18 +149,25 @@ def _launcher(
             from orchestrator.command_line.launch.ray_launcher import RayLauncher
 
             return RayLauncher(directory, on_status=on_status)
+        case Place.KUBERNETES:
+            from orchestrator.command_line.launch.kubernetes_launcher import KubernetesLauncher
+
+            return KubernetesLauncher(directory, on_status=on_status)
 
 
-def _existing(name: str | None) -> StateDir:
-    """Return the deployment with a name, or the only one.
+def _existing_launcher(
+    name: str | None, on_status: Callable[[DeploymentStatus], None] | None = None
+) -> Launcher:
+    """Return who runs the deployment with a name, or the only one.
 
     Raises:
         ConfigError: there is none, or more than one to choose from.
     """
     if name is not None:
-        return StateDir.of(name)
+        directory = StateDir.of(name)
+        return _launcher(_place_of(directory) or Place.LOCAL, directory, on_status)
     parent = default_parent()
-    names = sorted(path.parent.name for path in parent.glob("*/control.sock"))
+    names = sorted(path.name for path in parent.glob("*/") if _place_of(StateDir(path)))
     if not names:
         raise ConfigError(
             "no deployment runs here; start one with: proserve up FILE; --name NAME names one that "
@@ -164,7 +175,19 @@ def _existing(name: str | None) -> StateDir:
         )
     if len(names) > 1:
         raise ConfigError(f"{', '.join(names)} run here; choose one with: --name NAME")
-    return StateDir.of(names[0])
+    return _existing_launcher(names[0], on_status)
+
+
+def _place_of(directory: StateDir) -> Place | None:
+    """Return where a deployment runs; None if it does not."""
+    for place, mark in (
+        (Place.KUBERNETES, directory.kubernetes_file),
+        (Place.RAY, directory.ray_file),
+        (Place.LOCAL, directory.control_socket),
+    ):
+        if mark.exists():
+            return place
+    return None
 
 
 @contextlib.contextmanager

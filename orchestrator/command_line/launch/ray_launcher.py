@@ -69,8 +69,8 @@ class RayLauncher:
         self._directory.create()
         self._connect(config.ray)
         secret = self._secret()
-        self._routers.up(config, start_timeout_s=start_timeout_s, are_nodes_elsewhere=True)
         self._directory.ray_file.write_text(config.ray.model_dump_json())
+        self._routers.up(config, start_timeout_s=start_timeout_s, are_nodes_elsewhere=True)
         wanted = {
             placed.config.endpoint_id: (
                 _assignment(config, placed, secret, start_timeout_s),

@@ -77,6 +77,16 @@ class StateDir:
         return self.path / "ray.json"
 
     @property
+    def manifests(self) -> Path:
+        """Return the manifests that Kubernetes was given."""
+        return self.path / "manifests"
+
+    @property
+    def kubernetes_file(self) -> Path:
+        """Return where on Kubernetes the deployment is, if it is there."""
+        return self.path / "kubernetes.json"
+
+    @property
     def supervisor_log(self) -> Path:
         """Return where the supervisor says what it does."""
         return self.log("supervisor")
