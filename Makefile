@@ -4,7 +4,7 @@ PYTHON ?= python3
 ENGINE ?= configs/engines/smollm2-135m.yaml
 DEPLOYMENT ?= configs/deployments/local.yaml
 ARGS ?=
-TEST_PROCESSES ?= 2
+TEST_PROCESSES ?= 3
 
 BIN := .venv/bin
 # Without --no-compile an install takes twice as long; Python compiles what it imports anyway.
