@@ -30,6 +30,10 @@ STOP_GRACE_S = DRAIN_GRACE_S + CUT_GRACE_S + 12
 """Time a service has to end after SIGTERM before it is killed; longer than it lets streams run."""
 
 
+LAST_WORDS_S = 1.0
+"""Until the output of a process that has ended is read to its end."""
+
+
 class StartFailed(ProServeError):
     """A service ended, or became unhealthy for good, before it was ready."""
 
@@ -99,6 +103,12 @@ class Service:
         if process is not None and process.returncode is None:
             process.kill()
             await process.wait()
+
+    async def end_log(self) -> None:
+        """Read what the stopped process has said last; what still runs of it is not waited for."""
+        if self._copying is not None:
+            await asyncio.wait({self._copying}, timeout=LAST_WORDS_S)
+            await cancel_all([self._copying])
 
     @property
     def pid(self) -> int | None:

@@ -114,7 +114,8 @@ class LocalLauncher:
             )
         deadline_s = time.monotonic() + SUPERVISOR_START_S
         while not self._is_running():
-            if process.poll() is not None or time.monotonic() > deadline_s:
+            # One that ends with 0 has found another one, which was started at the same time.
+            if process.poll() not in {None, 0} or time.monotonic() > deadline_s:
                 last = "\n".join(last_lines(self._directory.supervisor_log, 5))
                 raise LaunchFailed(f"the supervisor does not start:\n{last}")
             time.sleep(POLL_S)

@@ -120,6 +120,7 @@ class Member:
             if self.spec.kind is ProcessKind.NODE:
                 await asyncio.to_thread(self._drain)
             await self._service.stop()
+        await self._service.end_log()
         self._log.close()
 
     def restarts(self, end: str, pause_s: float) -> None:

@@ -59,6 +59,7 @@ class Reconciler:
         self._has_settled.set()
         self._trouble = ""
         self._running = asyncio.create_task(self._run(), name="reconcile")
+        self._running.add_done_callback(self._note_end)
 
     def pursue(
         self, config: DeploymentConfig, *, start_timeout_s: float, are_nodes_elsewhere: bool = False
@@ -151,6 +152,12 @@ class Reconciler:
                     self._trouble = str(error)
             if not self._has_news.is_set():
                 self._has_settled.set()
+
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        """Leave nobody waiting for a goal that a bug keeps from being reached."""
+        if not task.cancelled():
+            self._trouble = f"the supervisor has failed: {task.exception()!r}"
+            self._has_settled.set()
 
     def _plan(self) -> tuple[Step, ...]:
         found = {
