@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -17,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from orchestrator.core.errors import ConfigError
 from orchestrator.core.slo import PriorityClass, Slo
 from orchestrator.etcd import RegistryConfig
 from orchestrator.peers import SecretConfig, ServiceUrl
@@ -177,6 +179,30 @@ class RegistrationConfig(SecretConfig):
     """Registered nodes at most; those of the configuration do not count."""
 
 
+class TlsConfig(BaseModel):
+    """What the router shows clients that come over https."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    cert_file: Path
+    """Its certificate, followed by those of who has certified it, as PEM."""
+
+    key_file: Path
+    """The certificate's private key, without a password, as PEM."""
+
+    def check(self) -> None:
+        """Raise ConfigError if the files cannot be read, or do not belong together."""
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+                self.cert_file, self.key_file, password=""
+            )
+        except OSError as error:  # as ssl's errors are
+            raise ConfigError(
+                f"tls: cert_file {self.cert_file} and key_file {self.key_file} cannot be used: "
+                f"{error}"
+            ) from error
+
+
 # Neighbouring classes are worth 2 to 1, as in the open traces of ProServe (arXiv 2512.12928);
 # the objectives of `high` are those that xLLM ships, the others relax them.
 DEFAULT_CLASSES = (
@@ -194,6 +220,9 @@ class RouterSettings(RoutingConfig):
 
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """TCP port to listen on; 0 takes any free one."""
+
+    tls: TlsConfig | None = None
+    """Serve https, and nothing else. None: http, for where something before the router ends TLS."""
 
     num_workers: Annotated[int, Field(ge=1, le=64)] = 1
     """Processes that serve the port together. Limits, places and answers that are kept count for

@@ -33,10 +33,13 @@ from orchestrator.yaml_config import Problem, problems_error
 from router.config import EndpointConfig, Name, RouterConfig, RouterSettings
 
 
-def local_url(host: str, port: int) -> str:
+def local_url(host: str, port: int, *, is_secure: bool = False) -> str:
     """Return the address under which this machine reaches a service that listens on `host`."""
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+    scheme = "https" if is_secure else "http"
+    return (
+        f"{scheme}://[{reachable}]:{port}" if ":" in reachable else f"{scheme}://{reachable}:{port}"
+    )
 
 
 class RestartConfig(BaseModel):

@@ -75,6 +75,18 @@ class Sockets:
     """Of a Unix socket, for the other processes."""
 
 
+class CertificateFiles(Protocol):
+    """What a server shows clients that come over https."""
+
+    @property
+    def cert_file(self) -> Path:
+        """Return where its certificate is."""
+
+    @property
+    def key_file(self) -> Path:
+        """Return where the private key is."""
+
+
 class Leaving(Protocol):
     """A connection that can be asked to end."""
 
@@ -176,13 +188,14 @@ def serve_http(
     protocol: type[asyncio.Protocol] | None = None,
     sockets: Sockets | None = None,
     max_drain_s: float | None = None,
+    tls: CertificateFiles | None = None,
 ) -> int:
     """Serve `app` until SIGTERM or Ctrl-C, let open requests end, and return an exit status.
 
     `protocol` is for HTTP/1.1; None takes uvicorn's own, for those whose clients are trusted.
     `sockets` take the place of host and port. With `max_drain_s`, for
     a `protocol` that is `Leaving` while others go on, open requests have this long instead of
-    `DRAIN_GRACE_S`, and connections are left to their clients first.
+    `DRAIN_GRACE_S`, and connections are left to their clients first. With `tls` it is https.
 
     First `app.state.begin_shutdown` is called, if there is one, while new requests are still
     answered. Those that have not ended by themselves when the grace is over are ended through
@@ -202,6 +215,8 @@ def serve_http(
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=int(DRAIN_GRACE_S) + CUT_GRACE_S,
+            ssl_certfile=None if tls is None else tls.cert_file,
+            ssl_keyfile=None if tls is None else tls.key_file,
         ),
         getattr(app.state, "begin_shutdown", None),
         app.state.end_open_requests,

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import structlog
+from fastapi import FastAPI
 
 from orchestrator.command_line import processes
 from orchestrator.command_line.deployment import RestartConfig
@@ -42,21 +43,12 @@ _log = structlog.get_logger("router")
 
 def run_alone(config: RouterConfig) -> int:
     """Serve as the only process of a router; return an exit status."""
-    return processes.serve_http(
-        create_app(config), host=config.host, port=config.port, protocol=GuardedHttpProtocol
-    )
+    return _serve(config, create_app(config))
 
 
 def run_replica(config: RouterConfig, sockets: processes.Sockets, max_drain_s: float) -> int:
     """Serve as one of several routers that have a socket together; return an exit status."""
-    return processes.serve_http(
-        create_app(config),
-        host=config.host,
-        port=config.port,
-        protocol=GuardedHttpProtocol,
-        sockets=sockets,
-        max_drain_s=max_drain_s,
-    )
+    return _serve(config, create_app(config), sockets=sockets, max_drain_s=max_drain_s)
 
 
 def run_worker(config: RouterConfig, worker: int, directory: Path) -> int:
@@ -65,12 +57,26 @@ def run_worker(config: RouterConfig, worker: int, directory: Path) -> int:
     sockets = processes.Sockets(
         processes.bound_socket(config.host, config.port, is_shared=True), seat.socket_path(worker)
     )
+    return _serve(config, create_app(config, seat=seat), sockets=sockets)
+
+
+def _serve(
+    config: RouterConfig,
+    app: FastAPI,
+    *,
+    sockets: processes.Sockets | None = None,
+    max_drain_s: float | None = None,
+) -> int:
+    if config.tls is not None:
+        config.tls.check()
     return processes.serve_http(
-        create_app(config, seat=seat),
+        app,
         host=config.host,
         port=config.port,
         protocol=GuardedHttpProtocol,
         sockets=sockets,
+        max_drain_s=max_drain_s,
+        tls=config.tls,
     )
 
 

@@ -54,7 +54,8 @@ async def serve(config: DeploymentConfig, *, start_timeout_s: float, console: Co
     async with contextlib.AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="proserve-serve-")))
         nodes = [_node_service(placed, directory) for placed in placed_nodes]
-        url = local_url(router_config.host, router_config.port)
+        is_secure = router_config.tls is not None
+        url = local_url(router_config.host, router_config.port, is_secure=is_secure)
         router = _service("router", "router", url, router_config, directory)
         # The router ends first, so that no request is routed to a node that is going.
         for service in [*nodes, router]:

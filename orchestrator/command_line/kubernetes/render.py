@@ -22,6 +22,11 @@ def render(config: DeploymentConfig) -> dict[str, str]:
             its model is neither in the file nor in its engine directories.
     """
     _check_registration(config)
+    if config.router.tls is not None:
+        raise ConfigError(
+            "router.tls is set, which is not rendered: on Kubernetes an Ingress or Gateway before "
+            "the routers ends TLS; leave it out"
+        )
     frame = Frame(config.kubernetes)
     sets = node_sets(config)
     files = {"router.yaml": router_objects(frame, config, sets, _model(config))}

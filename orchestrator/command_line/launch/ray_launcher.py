@@ -246,7 +246,8 @@ def _assignment(
     node = placed.config.model_dump(mode="json", exclude_unset=True, exclude={"host", "port"})
     node["engine"]["directory"] = str(placed.config.engine.directory.absolute())
     if config.router.registry is None:
-        router = Address(config.router.host, config.router.port)
+        is_secure = config.router.tls is not None
+        router = Address(config.router.host, config.router.port, is_secure=is_secure)
         node["registration"] = {"router_urls": [config.ray.router_url or router.url]}
     elif placed.config.registry is not None:
         node["registry"].pop("advertise_host", None)  # The host is Ray's choice.

@@ -23,11 +23,12 @@ class Address:
 
     host: str
     port: int
+    is_secure: bool = False
 
     @property
     def url(self) -> str:
         """Return how this machine reaches it."""
-        return local_url(self.host, self.port)
+        return local_url(self.host, self.port, is_secure=self.is_secure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ def process_specs(
             **ways,
         }
     )
-    address = Address(router.host, router.port)
+    address = Address(router.host, router.port, is_secure=router.tls is not None)
     routers = (
         ProcessSpec(f"router-{number}", ProcessKind.ROUTER, address, router_config)
         for number in range(router.num_replicas)

@@ -32,7 +32,7 @@ def test_the_example_is_a_deployment_with_the_nodes_that_it_promises() -> None:
 
 
 def test_the_example_with_etcd_is_a_deployment_whose_nodes_can_be_reached() -> None:
-    config = DeploymentConfig.model_validate(yaml.safe_load(FILES[2]))
+    config = DeploymentConfig.model_validate(yaml.safe_load(FILES[3]))
 
     urls = [placed.config.advertised_url() for placed in config.placed_nodes()]
     assert urls == ["http://10.0.0.11:8101", "http://10.0.0.11:8102"]
@@ -42,7 +42,7 @@ def test_the_example_with_etcd_is_a_deployment_whose_nodes_can_be_reached() -> N
 
 
 def test_the_example_for_ray_is_a_deployment() -> None:
-    config = DeploymentConfig.model_validate(yaml.safe_load(FILES[3]))
+    config = DeploymentConfig.model_validate(yaml.safe_load(FILES[4]))
 
     assert config.node_groups[0].ray.resources == {"engine": 1}
     assert config.ray.router_url == "http://10.0.0.5:8000"
@@ -50,7 +50,7 @@ def test_the_example_for_ray_is_a_deployment() -> None:
 
 def test_the_autoscaler_is_a_part_of_a_group() -> None:
     content = yaml.safe_load(FILES[0])
-    content["node_groups"][0] |= yaml.safe_load(FILES[4])
+    content["node_groups"][0] |= yaml.safe_load(FILES[5])
 
     scaling = DeploymentConfig.model_validate(content).node_groups[0].kubernetes.autoscaling
 

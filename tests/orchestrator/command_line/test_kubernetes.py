@@ -337,7 +337,8 @@ def test_files_that_are_named_are_mounted() -> None:
         return named.union(*(files_of(m) for _, f in fields for m in models_in(f.annotation)))
 
     def shown(model: type) -> set[str]:
-        sections = ("RegistrationConfig.", "RegistryConfig.", "NodeRegistryConfig.")  # are refused
+        """Those of sections that are not refused."""
+        sections = ("RegistrationConfig.", "RegistryConfig.", "NodeRegistryConfig.", "TlsConfig.")
         return {name for name in files_of(model) if not name.startswith(sections)}
 
     assert shown(RouterSettings) == {"RouterSettings.clients_file"}
@@ -375,6 +376,7 @@ def test_without_a_volume_the_engine_is_in_the_image() -> None:
         (GROUP + "router: {clients_file: c.yaml}", "kubectl create secret generic NAME --from-f"),
         (GROUP + "kubernetes: {clients_secret: c}", "there is no router.clients_file"),
         (GROUP + "router: {registration: {secret_env: S}}", "router has a registration"),
+        (GROUP + "router: {tls: {cert_file: c, key_file: k}}", "an Ingress or Gateway before"),
         (GROUP.rstrip() + "\n    registry: {endpoints: ['http://e:2379']}\n", "chat has a registr"),
         (GROUP.replace("name: chat", "name: router"), "cannot be told from the routers"),
         (GROUP.replace("model: tiny", ""), "here: no such engine directory.*as `model`"),
