@@ -17,13 +17,14 @@ LARGEST = frozenset(
     {
         "proserve_router_waiting_sequences",
         "proserve_router_registered_nodes",
+        "proserve_router_registrations_total",
         "proserve_router_clients_file_is_stale",
         "proserve_router_clients_file_reloads_total",
     }
 )
 """What all workers say of the same thing, so that a sum would count it as often as they are."""
 
-SMALLEST = frozenset({"proserve_router_endpoint_usable"})
+SMALLEST = frozenset({"proserve_router_endpoint_usable", "proserve_router_registry_is_followed"})
 """What counts if it is so for all workers."""
 
 _CREATED = "_created"

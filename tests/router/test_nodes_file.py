@@ -44,8 +44,8 @@ def write(path: Path, nodes: Sequence[FakeNode]) -> Path:
 
 
 def wait_for_nodes(router: RunningRouter, *endpoint_ids: str) -> None:
-    """Wait until the router knows these nodes; the test's own timeout bounds it."""
-    while set(router.http.get("/health").json()["nodes"]) != set(endpoint_ids):
+    """Wait until the router can use these nodes, and no other; the test's own timeout bounds it."""
+    while router.http.get("/health").json()["nodes"] != dict.fromkeys(endpoint_ids, "ready"):
         pass
 
 
