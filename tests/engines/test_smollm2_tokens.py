@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,12 +47,6 @@ PLAIN_PROMPTS = (
     "It was the best of times, it was the worst of times, it was the age of wisdom, " * 4,
     "The quick brown fox jumps over the lazy dog. " * 18,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def all_cores() -> None:
-    """Tests of small models leave PyTorch at one thread."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 @pytest.fixture(scope="module")
