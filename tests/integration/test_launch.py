@@ -26,7 +26,9 @@ from tests.integration.deployments import WAIT_S, free_port, is_alive, until
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 NUM_CLIENTS = 2
-NUM_TOKENS = 16
+NUM_TOKENS = 12
+PAUSE_S = 0.2
+"""Of a client between two requests, so that its connection is idle at times."""
 
 BODY = {
     "model": "smollm2-135m",
@@ -153,6 +155,7 @@ class Traffic:
                     return
                 self.num_done += 1
                 self._news.set()
+                await asyncio.sleep(PAUSE_S)
 
     async def _stream(self, http: httpx.AsyncClient) -> None:
         body = BODY | {"stream": True, "stream_options": {"include_usage": True}}

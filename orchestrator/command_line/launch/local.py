@@ -143,7 +143,8 @@ class LocalLauncher:
 
     def _client(self) -> httpx.Client:
         return httpx.Client(
-            transport=httpx.HTTPTransport(uds=str(self._directory.control_socket)),
+            # Without `verify`, which is not read here, it would look for certificates each time.
+            transport=httpx.HTTPTransport(uds=str(self._directory.control_socket), verify=False),
             base_url="http://supervisor",
             timeout=CALL_TIMEOUT_S,
         )
