@@ -30,7 +30,7 @@ from orchestrator.command_line.launch.ray_launcher import RayLauncher  # noqa: E
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 NUM_REQUESTS = 6
-NUM_TOKENS = 64
+NUM_TOKENS = 120
 
 
 @dataclass
@@ -86,10 +86,10 @@ def on_ray(engine_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     settings = {
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "PROSERVE_STATE_DIR": str(tmp_path / "state"),
-        # How soon Ray notices that a host is gone.
+        # How soon Ray notices that a host is gone; not so soon that a busy one seems to be.
         "RAY_health_check_period_ms": "1000",
-        "RAY_health_check_timeout_ms": "1000",
-        "RAY_health_check_failure_threshold": "3",
+        "RAY_health_check_timeout_ms": "4000",
+        "RAY_health_check_failure_threshold": "5",
     }
     for name, setting in settings.items():
         monkeypatch.setenv(name, setting)
@@ -99,7 +99,7 @@ def on_ray(engine_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for _ in range(2):
         cluster.add_node(num_cpus=1, resources={"engine": 2})
     content = {
-        "router": {"port": free_port()},
+        "router": {"port": free_port(), "policy": "round-robin"},
         "node_groups": [
             {
                 "name": "chat",
