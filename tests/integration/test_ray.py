@@ -19,7 +19,7 @@ from orchestrator.command_line.deployment import DeploymentConfig
 from orchestrator.command_line.launch.launcher import DeploymentStatus
 from orchestrator.command_line.launch.state_dir import StateDir
 from orchestrator.yaml_config import load_yaml_model
-from tests.integration.deployments import WAIT_S, free_port, until
+from tests.integration.deployments import free_port, until
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install ray")
 
@@ -27,9 +27,12 @@ from ray import cluster_utils  # noqa: E402 - if it is there
 
 from orchestrator.command_line.launch.ray_launcher import RayLauncher  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 NUM_REQUESTS = 6
+PATIENCE_S = 120.0
+"""Upper bound of every wait: Ray and nodes start many processes."""
+
 NUM_TOKENS = 120
 
 
@@ -151,18 +154,18 @@ async def test_a_host_that_is_lost_costs_no_request_and_its_node_comes_back_else
     on_ray.run("up", str(on_ray.file), "--on", "ray")
     before = on_ray.launcher.status()
     assert [process.name for process in before.processes] == ["chat-0", "chat-1", "router-0"]
-    until(on_ray.are_both_used, "the router knows both nodes")
+    until(on_ray.are_both_used, "the router knows both nodes", PATIENCE_S)
 
-    async with httpx.AsyncClient(base_url=on_ray.url, timeout=WAIT_S) as http:
+    async with httpx.AsyncClient(base_url=on_ray.url, timeout=PATIENCE_S) as http:
         calm = await asyncio.gather(*(ask(http, index) for index in range(NUM_REQUESTS)))
         under_way = [asyncio.create_task(ask(http, index)) for index in range(NUM_REQUESTS)]
-        await asyncio.to_thread(until, on_ray.are_both_busy, "both nodes have requests")
+        await asyncio.to_thread(until, on_ray.are_both_busy, "both nodes have requests", PATIENCE_S)
         await asyncio.to_thread(on_ray.lose_a_host)
         disturbed = await asyncio.gather(*under_way)
     assert [answer.text for answer in disturbed] == [answer.text for answer in calm]
     assert sum(answer.num_retries for answer in disturbed) > 0
 
-    until(on_ray.are_both_used, "both nodes are back")
+    until(on_ray.are_both_used, "both nodes are back", PATIENCE_S)
     after = on_ray.launcher.status()
     pids = [(old.pid, new.pid) for old, new in zip(before.processes, after.processes, strict=True)]
     assert sum(old != new for old, new in pids) == 1
