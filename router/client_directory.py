@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -17,6 +17,7 @@ from orchestrator.core.ports import Clock
 from router.clients import ClientsConfig, KeyConfig, parse_clients
 from router.config import ServiceClassConfig
 from router.errors import Unauthenticated
+from router.followed_file import FollowedFile
 from router.keys import id_in, is_same
 from router.metrics import RouterMetrics
 from router.rate_limits import ClientLimiter, Limits
@@ -73,27 +74,20 @@ class ClientDirectory:
         Raises:
             ConfigError: it cannot be read or has mistakes.
         """
-        self._path = path
+        self._file = FollowedFile(path, partial(parse_clients, path=path, classes=classes))
         self._classes = classes
         self._clock = clock
         self._metrics = metrics
         self._poll_interval_s = poll_interval_s
         self._store = OwnUsage() if store is None else store
         self._task: asyncio.Task[None] | None = None
-        self._seen = b""
-        """Digest of what the last look found, valid or not."""
-
         self._clients: dict[str, Client] = {}
         self._keys: dict[str, tuple[KeyConfig, Client]] = {}
-        news = self._look()
-        if isinstance(news, ConfigError):
-            raise news
-        assert news is not None, "the first look finds something new"
-        self._apply(news)
+        self._apply(self._file.read())
 
     async def start(self) -> None:
         """Follow the file until `stop`."""
-        self._task = asyncio.create_task(self._keep_looking(), name=f"follow {self._path}")
+        self._task = asyncio.create_task(self._keep_looking(), name="follow the clients file")
 
     async def stop(self) -> None:
         """End that."""
@@ -106,7 +100,7 @@ class ClientDirectory:
 
         Keys and terms of requests under way stay as they were; limits count on.
         """
-        news = await asyncio.to_thread(self._look)
+        news = await asyncio.to_thread(self._file.news)
         if news is None:
             return
         try:
@@ -143,25 +137,6 @@ class ClientDirectory:
         while True:
             await asyncio.sleep(self._poll_interval_s)
             await self.refresh()
-
-    def _look(self) -> ClientsConfig | ConfigError | None:
-        """Return the file as it is now, or what is wrong with it; None if it was looked at
-        before."""
-        try:
-            content = self._path.read_bytes()
-        except OSError as error:
-            problem = f"{self._path}: cannot be read: {error.strerror}"
-            return ConfigError(problem) if self._is_new(problem.encode()) else None
-        if not self._is_new(content):
-            return None
-        try:
-            return parse_clients(content, path=self._path, classes=self._classes)
-        except ConfigError as error:
-            return error
-
-    def _is_new(self, found: bytes) -> bool:
-        seen, self._seen = self._seen, hashlib.sha256(found).digest()
-        return self._seen != seen
 
     def _apply(self, config: ClientsConfig) -> None:
         """Let a file count from now on.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from orchestrator.core.errors import ConfigError
 from orchestrator.yaml_config import parse_yaml_model
 from router.config import EndpointConfig, check_unique_nodes
 from router.endpoints import EndpointPool
+from router.followed_file import FollowedFile
 
 POLL_INTERVAL_S = 0.2
 """Pause between two looks at the file."""
@@ -39,22 +41,15 @@ class FollowedNodes:
         Raises:
             ConfigError: it cannot be read, or has mistakes.
         """
-        self._path = path
+        self._file = FollowedFile(path, partial(parse_yaml_model, model=NodesFile, path=path))
         self._pool = pool
         self._task: asyncio.Task[None] | None = None
-        self._seen = b""
-        """What the last look found, valid or not."""
-
         self._nodes: dict[str, EndpointConfig] = {}
-        news = self._look()
-        if isinstance(news, ConfigError):
-            raise news
-        assert news is not None, "the first look finds something new"
-        self._apply(news)
+        self._apply(self._file.read())
 
     async def start(self) -> None:
         """Follow the file until `stop`."""
-        self._task = asyncio.create_task(self._keep_looking(), name=f"follow {self._path}")
+        self._task = asyncio.create_task(self._keep_looking(), name="follow the nodes file")
 
     async def stop(self) -> None:
         """End that."""
@@ -64,7 +59,7 @@ class FollowedNodes:
 
     async def refresh(self) -> None:
         """Look at the file once; if it has changed and has no mistakes, it counts from now on."""
-        news = await asyncio.to_thread(self._look)
+        news = await asyncio.to_thread(self._file.news)
         if isinstance(news, ConfigError):
             _log.error("nodes_file_invalid", reason=str(news), in_force="the one before")
         elif news is not None:
@@ -74,25 +69,6 @@ class FollowedNodes:
         while True:
             await asyncio.sleep(POLL_INTERVAL_S)
             await self.refresh()
-
-    def _look(self) -> NodesFile | ConfigError | None:
-        """Return the file as it is now, or what is wrong with it; None if it was looked at
-        before."""
-        try:
-            content = self._path.read_bytes()
-        except OSError as error:
-            problem = f"{self._path}: cannot be read: {error.strerror}"
-            return ConfigError(problem) if self._is_new(problem.encode()) else None
-        if not self._is_new(content):
-            return None
-        try:
-            return parse_yaml_model(content, NodesFile, path=self._path)
-        except ConfigError as error:
-            return error
-
-    def _is_new(self, found: bytes) -> bool:
-        seen, self._seen = self._seen, found
-        return seen != found
 
     def _apply(self, file: NodesFile) -> None:
         listed = {node.endpoint_id: node for node in file.nodes}
