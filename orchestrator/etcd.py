@@ -30,6 +30,9 @@ _HAS_LEADER = {"Grpc-Metadata-hasleader": "true"}
 """Has a server that has lost the others end a watch; without it the watch is stale for ever."""
 
 
+_NO_ANSWER = (httpx.HTTPError, TimeoutError)
+
+
 class EtcdUnavailable(ProServeError):
     """No server of etcd answers as it should; the text says why."""
 
@@ -143,7 +146,7 @@ class EtcdClient:
 
     async def grant(self, ttl_s: int) -> str:
         """Return a new lease; it ends, and all its keys with it, `ttl_s` after the last renewal."""
-        return str((await self._call("lease/grant", {"TTL": ttl_s}))["ID"])
+        return str(_field(await self._call("lease/grant", {"TTL": ttl_s}), "ID"))
 
     async def renew(self, lease: str) -> bool:
         """Let a lease begin anew; return whether it is still there."""
@@ -173,7 +176,8 @@ class EtcdClient:
     async def list(self, prefix: str) -> tuple[tuple[KeyValue, ...], int]:
         """Return all keys that begin so, and the revision at which that was true."""
         answer = await self._call("kv/range", _range(prefix))
-        return tuple(map(_key_value, answer.get("kvs", ()))), int(answer["header"]["revision"])
+        revision = int(_field(_field(answer, "header"), "revision"))
+        return tuple(map(_key_value, answer.get("kvs", ()))), revision
 
     async def watch(
         self, prefix: str, *, from_revision: int, silence_s: float
@@ -199,7 +203,7 @@ class EtcdClient:
                     changes = _changes(line, url)
                     if changes:
                         yield changes
-        except httpx.HTTPError as error:
+        except (*_NO_ANSWER, msgspec.DecodeError) as error:
             self._turn()
             raise EtcdUnavailable(f"{url}: {_reason(error)}") from error
         except WatchBehind:
@@ -217,7 +221,7 @@ class EtcdClient:
             url = f"{self._endpoints[self._current]}/v3/{path}"
             try:
                 return await self._ask(url, body, headers=await self._authorization())
-            except (httpx.HTTPError, msgspec.DecodeError) as error:
+            except (*_NO_ANSWER, msgspec.DecodeError) as error:
                 failures.append(f"{url}: {_reason(error)}")
                 self._turn()
         raise EtcdUnavailable("; ".join(failures))
@@ -241,7 +245,7 @@ class EtcdClient:
         if self._token is None:
             url = f"{self._endpoints[self._current]}/v3/auth/authenticate"
             body = {"name": self._username, "password": self._password}
-            self._token = str((await self._ask(url, body, {}))["token"])
+            self._token = str(_field(await self._ask(url, body, {}), "token"))
         return {"Authorization": self._token}
 
     def _turn(self) -> None:
@@ -249,8 +253,19 @@ class EtcdClient:
         self._current = (self._current + 1) % len(self._endpoints)
 
 
+def _field(answer: Mapping[str, Any], name: str) -> Any:
+    """Return what every answer of etcd has.
+
+    Raises:
+        EtcdUnavailable: this one has not, so it is somebody else's.
+    """
+    if name not in answer:
+        raise EtcdUnavailable(f"an answer without {name!r} is none of etcd's; check the endpoints")
+    return answer[name]
+
+
 def _changes(line: str, url: str) -> tuple[KeyValue | KeyGone, ...]:
-    message = msgspec.json.decode(line)
+    message: dict[str, Any] = msgspec.json.decode(line, type=dict)
     result = message.get("result", {})
     if int(result.get("compact_revision", 0)):
         raise WatchBehind(f"{url}: the history before {result['compact_revision']} is forgotten")

@@ -112,8 +112,11 @@ class EtcdRegistrar:
     async def _claim(self, lease: str) -> None:
         found = await self._client.get(self._key)
         if found is not None:
+            try:
+                other = _decoder.decode(found.value)
+            except msgspec.DecodeError as error:
+                raise _Taken(f"{self._key} holds something else: {error}") from error
             # One at the same address is this node before it was started anew.
-            other = _decoder.decode(found.value)
             if other.url != self._registration.url:
                 raise _Taken(
                     f"a node {other.endpoint_id!r} is registered at {other.url}; give this one "

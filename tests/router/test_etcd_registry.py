@@ -12,6 +12,8 @@ from pathlib import Path
 import httpx
 import msgspec
 import pytest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from orchestrator.core.errors import ConfigError
 from orchestrator.etcd import (
@@ -242,6 +244,26 @@ async def test_no_server_is_an_error_that_names_all() -> None:
     with pytest.raises(EtcdUnavailable, match=r":9/v3/lease/grant: .*:10/v3/lease/grant: "):
         await client.grant(LEASE_S)
     await client.close()
+
+
+@pytest.mark.parametrize("content", ["<html>", "[]", "{}"])
+async def test_an_answer_that_is_not_etcds_is_no_answer(content: str) -> None:
+    """As of a proxy, or a wrong port; nothing that follows etcd may end by it."""
+
+    async def somebody(scope: Scope, receive: Receive, send: Send) -> None:
+        await Response(content)(scope, receive, send)
+
+    with RunningServer(somebody) as server:
+        client = EtcdClient(config_of(server.url))
+
+        with pytest.raises(EtcdUnavailable):
+            await client.grant(LEASE_S)
+        with pytest.raises(EtcdUnavailable):
+            await client.list("/")
+        with pytest.raises(EtcdUnavailable):
+            async for _ in client.watch("/", from_revision=1, silence_s=1.0):
+                pass
+        await client.close()
 
 
 @pytest.mark.parametrize(
