@@ -207,6 +207,7 @@ def _progress() -> Iterator[Callable[[DeploymentStatus], None]]:
 
 
 def _print(found: DeploymentStatus) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("process", "state", "for", "pid", "restarts", "address", "last end", box=None)
@@ -219,7 +220,7 @@ def _print(found: DeploymentStatus) -> None:
             "" if process.pid is None else str(process.pid),
             str(process.num_restarts),
             process.address,
-            process.reason,
+            escape(process.reason),
         )
     console.print(table)
     if not found.is_settled:

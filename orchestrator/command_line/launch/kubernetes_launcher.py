@@ -54,7 +54,7 @@ class KubernetesLauncher:
         files = render(config)
         applied = _applied(config.kubernetes, files)
         self._kubectl(applied, "apply", "-f", "-", content="---\n".join(files.values()))
-        self._directory.create()
+        self._note(applied, files)
         for workload in applied.workloads:
             self._wait_for(applied, workload, start_timeout_s)
         directory = self._directory.manifests
@@ -62,7 +62,6 @@ class KubernetesLauncher:
             if path.name not in files:
                 self._kubectl(applied, "delete", "--ignore-not-found", "-f", str(path))
         write(files, directory)
-        self._directory.kubernetes_file.write_bytes(msgspec.json.encode(applied))
         return self.status()
 
     def status(self) -> DeploymentStatus:
@@ -101,6 +100,15 @@ class KubernetesLauncher:
         path = str(self._directory.manifests)
         self._kubectl(applied, "delete", "--ignore-not-found", "-f", path)
         self._directory.kubernetes_file.unlink()
+
+    def _note(self, applied: _Applied, files: Mapping[str, str]) -> None:
+        """Remember what is in the cluster from now on, surplus of before included, also if it never
+        becomes healthy."""
+        self._directory.create()
+        self._directory.manifests.mkdir(exist_ok=True)
+        for name, text in files.items():
+            (self._directory.manifests / name).write_text(text)
+        self._directory.kubernetes_file.write_bytes(msgspec.json.encode(applied))
 
     def _wait_for(self, applied: _Applied, workload: str, timeout_s: float | None) -> None:
         self._on_status(DeploymentStatus(self._directory.name, (), is_settled=False))

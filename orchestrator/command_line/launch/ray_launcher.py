@@ -110,7 +110,7 @@ class RayLauncher:
         routers = [name for name in names if name not in nodes]
         for name in nodes:
             if not names or name in names:
-                ray.get(self._actor(name).restart.remote())
+                self._restart(name)
                 self._wait_for(name, START_TIMEOUT_S)
         if routers or not names:
             self._routers.restart(routers)
@@ -119,7 +119,8 @@ class RayLauncher:
     def down(self) -> None:
         """Stop routers, then nodes."""
         self._connect_again()
-        self._routers.down()
+        with contextlib.suppress(LaunchFailed):  # They are not there; nodes may be.
+            self._routers.down()
         for name in self._names():
             self._stop(name, max_drain_s=0.0)
         self._directory.ray_file.unlink(missing_ok=True)
@@ -220,10 +221,18 @@ class RayLauncher:
                 )
             time.sleep(POLL_S)
 
+    def _restart(self, name: str) -> None:
+        try:
+            ray.get(self._actor(name).restart.remote(), timeout=START_TIMEOUT_S)
+        except _LOST as error:
+            raise LaunchFailed(
+                f"{name} cannot be restarted, its actor does not answer: {type(error).__name__}"
+            ) from error
+
     def _stop(self, name: str, *, max_drain_s: float) -> None:
         actor = self._actor(name)
         with contextlib.suppress(*_LOST):
-            ray.get(actor.stop.remote(), timeout=max_drain_s + STOP_SLACK_S)
+            ray.get(actor.close.remote(), timeout=max_drain_s + STOP_SLACK_S)
         ray.kill(actor, no_restart=True)
         while name in self._names():
             time.sleep(POLL_S)
@@ -245,12 +254,13 @@ def _assignment(
 ) -> NodeAssignment:
     node = placed.config.model_dump(mode="json", exclude_unset=True, exclude={"host", "port"})
     node["engine"]["directory"] = str(placed.config.engine.directory.absolute())
-    if config.router.registry is None:
+    if config.router.registry is not None:
+        secret = ""
+        node.get("registry", {}).pop("advertise_host", None)  # The host is Ray's choice.
+    else:
         is_secure = config.router.tls is not None
         router = Address(config.router.host, config.router.port, is_secure=is_secure)
         node["registration"] = {"router_urls": [config.ray.router_url or router.url]}
-    elif placed.config.registry is not None:
-        node["registry"].pop("advertise_host", None)  # The host is Ray's choice.
     restarts = config.restarts.model_dump(mode="json", exclude_unset=True)
     options = str(sorted(_options(placed).items(), key=str))
     spec = ProcessSpec(

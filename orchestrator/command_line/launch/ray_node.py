@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import socket
 import tempfile
 import threading
@@ -67,13 +68,14 @@ class RayNode:
         """Return the last lines of the node's log."""
         return last_lines(self._log, num_lines)
 
-    def stop(self) -> None:
-        """Let the node finish what it has, and stop it."""
+    def close(self) -> None:
+        """Let the node finish what it has, stop it, and leave nothing behind. No call follows."""
         self._run(self._member.stop())
+        shutil.rmtree(self._directory.path)
 
     def restart(self) -> None:
         """Replace the node's process, after it has finished what it has."""
-        self.stop()
+        self._run(self._member.stop())
         self._member = self._run(self._begin())
 
     def _spec_on(self, host: str) -> ProcessSpec:

@@ -169,6 +169,18 @@ def test_what_kubectl_refuses_is_said(kubectl: Kubectl, launcher: KubernetesLaun
         launcher.up(config_of(FILE), start_timeout_s=60.0)
 
 
+def test_what_never_becomes_healthy_can_be_deleted(
+    kubectl: Kubectl, launcher: KubernetesLauncher
+) -> None:
+    (kubectl.directory / "rollout.refused").write_text("timed out waiting for the condition\n")
+    with pytest.raises(LaunchFailed, match="timed out"):
+        launcher.up(config_of(FILE), start_timeout_s=60.0)
+
+    launcher.down()
+
+    assert kubectl.words()[-1].endswith("/manifests")
+
+
 def test_without_kubectl_the_launcher_says_so(
     launcher: KubernetesLauncher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
