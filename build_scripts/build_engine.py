@@ -39,6 +39,7 @@ from orchestrator.yaml_config import load_yaml_model
 if TYPE_CHECKING:
     from build_scripts.gguf_checkpoint import GgufCheckpoint
     from build_scripts.profile_engine import MeasuredProfile
+    from engines.torch_engine.precision import Dtype
 
 _CONTENT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _PACKAGES = ("gguf", "numpy", "safetensors", "tokenizers", "torch")
@@ -165,7 +166,7 @@ def _build(
     from build_scripts.profile_copies import describe_copies
     from build_scripts.profile_engine import describe, measure_torch_copies
     from build_scripts.tokenizer_files import write_tokenizer_files
-    from engines.torch_engine.engine import DTYPES
+    from engines.torch_engine.precision import KV_DTYPES, resolve_dtype
 
     checkpoint = GgufCheckpoint(source)
     config, vocabulary = checkpoint.config(), checkpoint.vocabulary()
@@ -192,9 +193,10 @@ def _build(
     (staging / "config.json").write_text(config_text + "\n", encoding="utf-8")
     write_tokenizer_files(staging, vocabulary, max_model_len=recipe.max_model_len)
     _write_weights(checkpoint, staging, progress)
-    measured = _profile(recipe, staging, progress)
+    dtype = resolve_dtype(recipe.profile.dtype, device=recipe.profile.device, config=config)
+    measured = _profile(recipe, dtype, staging, progress)
     layout = config.kv_layout(recipe.block_size_tokens)
-    copy_profile = measure_torch_copies(layout, recipe.profile)
+    copy_profile = measure_torch_copies(layout, recipe.profile, dtype)
     write_manifest(
         staging,
         EngineManifest(
@@ -213,7 +215,7 @@ def _build(
             profile_conditions=measured.conditions,
         ),
     )
-    copies = describe_copies(copy_profile, layout, DTYPES[recipe.profile.dtype])
+    copies = describe_copies(copy_profile, layout, KV_DTYPES[dtype])
     for line in (describe(measured), copies):
         progress.console.print(line, highlight=False, soft_wrap=True)
 
@@ -234,7 +236,9 @@ def _write_weights(checkpoint: GgufCheckpoint, staging: Path, progress: WorkProg
     path.chmod((staging / "config.json").stat().st_mode)
 
 
-def _profile(recipe: EngineRecipe, staging: Path, progress: WorkProgress) -> MeasuredProfile:
+def _profile(
+    recipe: EngineRecipe, dtype: Dtype, staging: Path, progress: WorkProgress
+) -> MeasuredProfile:
     """Profile the engine over the files that were just written, as serving will read them."""
     from build_scripts.profile_engine import engine_options, profile_engine
     from engines.torch_engine import TorchEngine
@@ -244,7 +248,7 @@ def _profile(recipe: EngineRecipe, staging: Path, progress: WorkProgress) -> Mea
     engine = TorchEngine(
         config,
         read_tensors(staging),
-        engine_options(recipe.profile, max_model_len=recipe.max_model_len),
+        engine_options(recipe.profile, dtype, max_model_len=recipe.max_model_len),
         block_size_tokens=recipe.block_size_tokens,
     )
     try:
@@ -252,7 +256,7 @@ def _profile(recipe: EngineRecipe, staging: Path, progress: WorkProgress) -> Mea
             engine,
             recipe.profile,
             device=recipe.profile.device,
-            dtype=recipe.profile.dtype,
+            dtype=dtype,
             vocab_size=config.vocab_size,
             on_progress=progress.part("Profiling", 1.0),
         )

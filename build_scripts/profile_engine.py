@@ -41,7 +41,8 @@ from build_scripts.recipe import ProfileSettings, StepGrid
 from engines.kv_pool import KVLayout
 from engines.manifest import ProfileConditions, read_manifest, write_manifest
 from engines.torch_engine import TorchEngine, TorchEngineOptions
-from engines.torch_engine.engine import DTYPES, NUM_LAYER_GROUPS
+from engines.torch_engine.engine import NUM_LAYER_GROUPS
+from engines.torch_engine.precision import KV_DTYPES, Dtype, resolve_dtype
 from engines.torch_engine.weights import read_config
 from orchestrator.core.errors import EngineError, ProServeError
 from orchestrator.core.kv_transfer import CopyProfile
@@ -57,11 +58,13 @@ class MeasuredProfile:
     conditions: ProfileConditions
 
 
-def engine_options(settings: ProfileSettings, *, max_model_len: int) -> TorchEngineOptions:
+def engine_options(
+    settings: ProfileSettings, dtype: Dtype, *, max_model_len: int
+) -> TorchEngineOptions:
     """Return how to run an engine so that every step of the profile that can run, does."""
     return TorchEngineOptions(
         device=settings.device,
-        dtype=settings.dtype,
+        dtype=dtype,
         num_device_blocks=settings.num_device_blocks,
         max_num_batched_tokens=2 * max(settings.prefill_new_tokens)
         + max(settings.decode_batch_sizes),
@@ -111,7 +114,7 @@ def profile_engine(
     )
 
 
-def measure_torch_copies(layout: KVLayout, settings: ProfileSettings) -> CopyProfile:
+def measure_torch_copies(layout: KVLayout, settings: ProfileSettings, dtype: Dtype) -> CopyProfile:
     """Return how long copies of the torch engine's KV blocks take.
 
     Raises:
@@ -119,7 +122,7 @@ def measure_torch_copies(layout: KVLayout, settings: ProfileSettings) -> CopyPro
     """
     return measure_copy_profile(
         layout,
-        DTYPES[settings.dtype],
+        KV_DTYPES[dtype],
         settings.device,
         num_layer_groups=NUM_LAYER_GROUPS,
         max_s=settings.max_s,
@@ -216,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure an engine directory on this machine.")
     parser.add_argument("engine_dir", type=Path)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "int8"], default="auto")
     parser.add_argument("--num-threads", type=int)
     parser.add_argument("--max-s", type=float, default=40.0)
     options = parser.parse_args(arguments)
@@ -229,8 +232,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         manifest = read_manifest(options.engine_dir, verify_files=False)
+        config = read_config(options.engine_dir)
+        dtype = resolve_dtype(settings.dtype, device=settings.device, config=config)
         engine = TorchEngine.load(
-            options.engine_dir, engine_options(settings, max_model_len=manifest.max_model_len)
+            options.engine_dir,
+            engine_options(settings, dtype, max_model_len=manifest.max_model_len),
         )
         with work_progress(console) as progress:
             advance = progress.part("Profiling", 1.0)
@@ -238,13 +244,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 engine,
                 settings,
                 device=settings.device,
-                dtype=settings.dtype,
+                dtype=dtype,
                 vocab_size=manifest.vocab_size,
                 on_progress=advance,
             )
         engine.close()
-        layout = read_config(options.engine_dir).kv_layout(manifest.block_size_tokens)
-        copy_profile = measure_torch_copies(layout, settings)
+        layout = config.kv_layout(manifest.block_size_tokens)
+        copy_profile = measure_torch_copies(layout, settings, dtype)
         write_manifest(
             options.engine_dir,
             replace(
@@ -257,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ProServeError as error:
         console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         return 1
-    copies = describe_copies(copy_profile, layout, DTYPES[settings.dtype])
+    copies = describe_copies(copy_profile, layout, KV_DTYPES[dtype])
     for line in (describe(measured), copies):
         console.print(line, highlight=False, soft_wrap=True)
     return 0

@@ -76,8 +76,8 @@ class TorchMeasurement(BaseModel):
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to measure."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision to measure in."""
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Precision to measure in, as a node's configuration names it."""
 
     num_threads: PositiveInt | None = None
     """CPU threads; by default as many as PyTorch finds cores."""

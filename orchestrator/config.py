@@ -58,8 +58,10 @@ class TorchEngineConfig(BaseModel):
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the model runs."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of weights, activations and KV cache."""
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Precision of weights, activations and KV cache. `int8` is for CPUs with AVX-512 VNNI and a
+    C++ compiler: matrices and their inputs in 8 bits, the KV cache in bfloat16. `auto` is bfloat16
+    on CUDA; on the CPU int8 where it can run, else float32."""
 
     num_threads: PositiveInt | None = None
     """CPU threads of the model; by default as many as PyTorch finds cores."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 
@@ -18,7 +18,9 @@ from engines.manifest import read_manifest
 from engines.step_runner import StepLogits, StepRunner
 from engines.torch_engine.batch import build_batch
 from engines.torch_engine.config import LlamaConfig
+from engines.torch_engine.cpu_decoder import CpuDecoder
 from engines.torch_engine.model import LlamaDecoder
+from engines.torch_engine.precision import KV_DTYPES, Dtype
 from engines.torch_engine.weights import (
     DecoderWeights,
     fuse_weights,
@@ -37,9 +39,6 @@ from orchestrator.grammars import GrammarCompiler
 if TYPE_CHECKING:
     from engines.torch_engine.triton_decoder import TritonDecoder
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Precisions by the names that options have for them."""
-
 NUM_LAYER_GROUPS = 8
 """Parts in which onboarded blocks arrive, unless the options say otherwise. Of 32 layers, the first
 is one. On an H200 more parts cost more than the smaller ones at the end hide
@@ -50,8 +49,9 @@ is one. On an H200 more parts cost more than the smaller ones at the end hide
 class TorchEngineOptions(EngineOptions):
     """How to run an engine directory of the embedded engine on this machine."""
 
-    dtype: Literal["float32", "bfloat16"]
-    """Of weights, computation and KV cache."""
+    dtype: Dtype
+    """Of weights, computation and KV cache. `int8`, on CPUs with AVX-512 VNNI: matrices in 8 bits,
+    or 4 where that loses nothing, and their inputs in 8; the KV cache in bfloat16."""
 
     num_threads: int | None = None
     """CPU threads of the whole process; None leaves PyTorch's choice."""
@@ -67,7 +67,49 @@ class TorchEngineOptions(EngineOptions):
             raise EngineError(f"num_layer_groups is {self.num_layer_groups}, it must be at least 1")
 
 
-def kv_block_bytes(engine_dir: Path, dtype: Literal["float32", "bfloat16"]) -> int:
+class Decoder(Protocol):
+    """Computes steps over a KV pool, its own way."""
+
+    def compute(
+        self,
+        parts: Sequence[ScheduledRequest],
+        *,
+        before_layer: Callable[[int], None] | None = None,
+    ) -> StepLogits:
+        """Compute a checked, non-empty plan; the logits may be overwritten by the next.
+
+        `before_layer` is called with each layer's index before the layer touches the pool.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release what it holds. No call follows."""
+        ...
+
+
+class PlainDecoder:
+    """The readable decoder, by PyTorch's own operators."""
+
+    def __init__(self, decoder: LlamaDecoder, pool: KVPool) -> None:
+        self._decoder, self._pool = decoder, pool
+
+    def compute(
+        self,
+        parts: Sequence[ScheduledRequest],
+        *,
+        before_layer: Callable[[int], None] | None = None,
+    ) -> StepLogits:
+        """See `Decoder`."""
+        blocks = self._pool.blocks
+        batch = build_batch(parts, self._pool.layout, dtype=blocks.dtype, device=blocks.device)
+        logits = self._decoder.forward(batch, self._pool, before_layer=before_layer)
+        return StepLogits(batch.sampled, logits)
+
+    def close(self) -> None:
+        """See `Decoder`."""
+
+
+def kv_block_bytes(engine_dir: Path, dtype: Dtype) -> int:
     """Return the size of one KV block of an engine directory, so that a memory budget can be
     turned into `num_device_blocks` before anything is loaded. Verifies no weights.
 
@@ -76,7 +118,7 @@ def kv_block_bytes(engine_dir: Path, dtype: Literal["float32", "bfloat16"]) -> i
     """
     manifest = read_manifest(engine_dir, verify_files=False)
     layout = read_config(engine_dir).kv_layout(manifest.block_size_tokens)
-    return layout.block_bytes(DTYPES[dtype])
+    return layout.block_bytes(KV_DTYPES[dtype])
 
 
 class TorchEngine:
@@ -110,13 +152,13 @@ class TorchEngine:
             raise EngineError("device is cuda, but PyTorch sees no CUDA device; use cpu")
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
-        self._dtype, self._device = DTYPES[options.dtype], torch.device(options.device)
-        weights = fuse_weights(config, tensors, dtype=self._dtype, device=self._device)
-        self._decoder = LlamaDecoder(config, weights, max_model_len=options.max_model_len)
+        if options.device == "cuda" and options.dtype == "int8":
+            raise EngineError("dtype is int8, which only the CPU computes with; use bfloat16")
+        self._dtype, self._device = KV_DTYPES[options.dtype], torch.device(options.device)
+        compute_dtype = torch.float32 if options.dtype == "int8" else self._dtype
+        weights = fuse_weights(config, tensors, dtype=compute_dtype, device=self._device)
         self._pool = self._make_pool(config.kv_layout(block_size_tokens), options)
-        self._triton_decoder = None
-        if self._device.type == "cuda":
-            self._triton_decoder = _make_triton_decoder(config, weights, self._pool, options)
+        self._decoder = self._make_decoder(config, weights, options)
         num_layer_groups = min(options.num_layer_groups, config.num_hidden_layers)
         self._copies = KVCopies(
             self._pool, num_layer_groups=num_layer_groups, copy_blocks=copy_blocks
@@ -176,20 +218,30 @@ class TorchEngine:
     def close(self) -> None:
         """Release the model, the KV pool and the copying threads. No call follows."""
         self._copies.close()
-        if self._triton_decoder is not None:
-            self._triton_decoder.close()
+        self._decoder.close()
         self._pool.close()
-        del self._runner, self._decoder, self._triton_decoder, self._copies, self._pool
+        del self._runner, self._decoder, self._copies, self._pool
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _compute(self, parts: Sequence[ScheduledRequest]) -> StepLogits:
         before_layer = self._copies.before_layer if self._copies.waits_by_layer else None
-        if self._triton_decoder is not None:
-            return self._triton_decoder.compute(parts, before_layer=before_layer)
-        batch = build_batch(parts, self._pool.layout, dtype=self._dtype, device=self._device)
-        logits = self._decoder.forward(batch, self._pool, before_layer=before_layer)
-        return StepLogits(batch.sampled, logits)
+        return self._decoder.compute(parts, before_layer=before_layer)
+
+    def _make_decoder(
+        self, config: LlamaConfig, weights: DecoderWeights, options: TorchEngineOptions
+    ) -> Decoder:
+        limits = {
+            "max_num_seqs": options.max_num_seqs,
+            "max_num_batched_tokens": options.max_num_batched_tokens,
+            "max_model_len": options.max_model_len,
+        }
+        if self._device.type == "cuda":
+            return _triton_decoder(config, weights, self._pool, limits)
+        if options.dtype == "int8":
+            return CpuDecoder(config, weights, self._pool, **limits)
+        decoder = LlamaDecoder(config, weights, max_model_len=options.max_model_len)
+        return PlainDecoder(decoder, self._pool)
 
     def _make_pool(self, layout: KVLayout, options: TorchEngineOptions) -> KVPool:
         """Return the KV blocks, in the memory that the weights have left."""
@@ -205,8 +257,8 @@ class TorchEngine:
         )
 
 
-def _make_triton_decoder(
-    config: LlamaConfig, weights: DecoderWeights, pool: KVPool, options: TorchEngineOptions
+def _triton_decoder(
+    config: LlamaConfig, weights: DecoderWeights, pool: KVPool, limits: Mapping[str, int]
 ) -> TritonDecoder:
     # Imported here because PyTorch for the CPU comes without Triton.
     try:
@@ -215,11 +267,4 @@ def _make_triton_decoder(
         raise EngineError(
             f"device is cuda, which needs the package {error.name}; install it, or use cpu"
         ) from error
-    return TritonDecoder(
-        config,
-        weights,
-        pool,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        max_model_len=options.max_model_len,
-    )
+    return TritonDecoder(config, weights, pool, **limits)

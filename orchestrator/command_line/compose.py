@@ -14,6 +14,8 @@ from engines.manifest import (
 )
 from engines.torch_engine.engine import TorchEngine, TorchEngineOptions
 from engines.torch_engine.engine import kv_block_bytes as torch_kv_block_bytes
+from engines.torch_engine.precision import resolve_dtype
+from engines.torch_engine.weights import read_config
 from engines.trtllm.engine import TrtLlmEngine, load_rank
 from engines.trtllm.engine_config import read_engine_config
 from engines.trtllm.executor_engine import TrtLlmExecutorEngine, TrtLlmExecutorOptions
@@ -82,19 +84,23 @@ def load_follower(config: NodeConfig, place: RankPlace) -> LoadedRank:
 
 def _load_torch_engine(config: NodeConfig, section: TorchEngineConfig) -> LoadedEngine:
     manifest = read_manifest(section.directory, verify_files=False)  # the engine verifies them
+    dtype = resolve_dtype(
+        section.dtype, device=section.device, config=read_config(section.directory)
+    )
+    logger.info("the embedded engine computes", device=section.device, dtype=dtype)
     _warn_of_foreign_profile(
         manifest.profile_conditions,
         device=section.device,
-        dtype=section.dtype,
+        dtype=dtype,
         way_out=f"python -m build_scripts.profile_engine {section.directory} "
-        f"--device {section.device} --dtype {section.dtype}",
+        f"--device {section.device} --dtype {dtype}",
     )
-    block_bytes = torch_kv_block_bytes(section.directory, section.dtype)
+    block_bytes = torch_kv_block_bytes(section.directory, dtype)
     engine = TorchEngine.load(
         section.directory,
         TorchEngineOptions(
             device=section.device,
-            dtype=section.dtype,
+            dtype=dtype,
             num_device_blocks=_num_device_blocks(section, manifest, block_bytes),
             num_host_blocks=_num_blocks(
                 "host_kv_bytes", section.host_kv_bytes, manifest, block_bytes

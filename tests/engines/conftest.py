@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from engines.torch_engine import cpu_library
 from tests.engine_dirs import smollm2_engine_dir
 from tests.engines.contract_engines import EngineKind, EngineMaker, engine_maker
 
@@ -15,8 +16,8 @@ def smollm2_dir() -> Path:
 
 
 KINDS: Mapping[str, tuple[EngineKind, ...]] = {
-    "make_engine": ("simulated", "torch", "trtllm"),
-    "make_model_engine": ("torch", "trtllm"),
+    "make_engine": ("simulated", "torch", "torch-int8", "trtllm"),
+    "make_model_engine": ("torch", "torch-int8", "trtllm"),
 }
 
 
@@ -49,8 +50,22 @@ def make_model_engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterato
     yield from _maker(request, tmp_path)
 
 
+def skip_without_cpu_kernels() -> None:
+    """Skip the test that calls it where the CPU kernels cannot run."""
+    if (obstacle := cpu_library.obstacle()) is not None:
+        pytest.skip(f"needs the CPU kernels: {obstacle}")
+
+
+@pytest.fixture
+def cpu_kernels() -> None:
+    """For tests that need the CPU kernels."""
+    skip_without_cpu_kernels()
+
+
 def _maker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EngineMaker]:
     is_live = request.param == "live"
+    if request.param == "torch-int8":
+        skip_without_cpu_kernels()
     folder = request.getfixturevalue("live_engine_dir") if is_live else tmp_path
     with engine_maker(request.param, folder) as maker:
         yield maker

@@ -13,11 +13,13 @@ from engines.block_copies import CopyBlocks, copy_blocks
 from engines.engine_options import EngineOptions
 from engines.host_link import HostLink
 from engines.simulated import SimulatedEngine
+from engines.torch_engine.config import LlamaConfig
 from engines.trtllm.engine import TrtLlmEngine
 from orchestrator.core.latency import BatchLatencyModel
 from orchestrator.core.ports import Engine
 from tests.engines.tiny_llama import (
     BLOCK_SIZE_TOKENS,
+    int8_config,
     make_manifest,
     tiny_config,
     tiny_engine,
@@ -27,10 +29,10 @@ from tests.factories import make_capabilities, make_copy_profile, make_profile
 from tests.trtllm.reference_engine import llama_spec, write_engine
 from tests.trtllm.stand_in_path import stand_ins_importable
 
-EngineKind = Literal["simulated", "torch", "trtllm", "live"]
+EngineKind = Literal["simulated", "torch", "torch-int8", "trtllm", "live"]
 
 BLOCK_BYTES = 2 * 2 * 2 * BLOCK_SIZE_TOKENS * 8 * 4
-"""Of the tiny model: 2 layers, K and V, 2 heads, 8 numbers of 4 bytes."""
+"""Of the tiny model: 2 layers, K and V, 2 heads, 8 numbers of 4 bytes, or 16 of 2."""
 
 
 class EngineMaker:
@@ -63,6 +65,11 @@ class EngineMaker:
         engine = self._make(defaults | limits, copy_blocks, tensors)
         self._open.append(engine)
         return engine
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The tiny model's, in sizes that the kind can compute."""
+        return int8_config() if self._kind == "torch-int8" else tiny_config()
 
     def assert_same_tokens(
         self, found: Mapping[str, list[int]], expected: Mapping[str, list[int]]
@@ -119,12 +126,13 @@ class EngineMaker:
                     link=HostLink(make_copy_profile()),
                     block_bytes=BLOCK_BYTES,
                 )
-            case "torch":
+            case "torch" | "torch-int8":
                 return tiny_engine(
-                    tiny_config(),
+                    self.config,
                     None if tensors is None else dict(tensors),
                     grammars=None,
                     copy_blocks=copy_blocks,
+                    dtype="int8" if self._kind == "torch-int8" else "float32",
                     **limits,
                 )
             case "trtllm":

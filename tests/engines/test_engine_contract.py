@@ -16,7 +16,7 @@ from orchestrator.core.ports import ScheduledRequest
 from orchestrator.core.request import Request, SamplingParams
 from tests.engines.contract_engines import EngineMaker
 from tests.engines.step_driver import StepDriver, make_plan, random_requests, tokens_alone
-from tests.engines.tiny_llama import tiny_config, tiny_tensors
+from tests.engines.tiny_llama import tiny_tensors
 from tests.factories import make_request
 
 # --- every engine ---------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def test_a_request_whose_logits_are_not_numbers_fails_alone(
     make_model_engine: EngineMaker,
 ) -> None:
     """Token 50 has an embedding of NaN; only one prompt holds it."""
-    tensors = tiny_tensors(tiny_config())
+    tensors = tiny_tensors(make_model_engine.config)
     tensors["model.embed_tokens.weight"][50] = torch.nan
     engine = make_model_engine(tensors=tensors)
     good = make_request("good", prompt_token_ids=[3, 1, 4])

@@ -37,6 +37,13 @@ def tiny_config(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**sizes | changes)
 
 
+def int8_config(**changes: Any) -> LlamaConfig:
+    """The tiny model in sizes that the CPU kernels take: whole groups of 32 inputs, and heads of
+    16 numbers."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    return tiny_config(**sizes | changes)
+
+
 def tiny_tensors(config: LlamaConfig) -> dict[str, torch.Tensor]:
     """Wide enough that the most likely token leads by far more than rounding errors."""
     generator = torch.Generator().manual_seed(0)

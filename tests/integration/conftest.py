@@ -17,6 +17,11 @@ def engine_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def deployment(engine_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """One node behind a router, shared by tests that leave it as they found it."""
-    with running(write_deployment(tmp_path_factory.mktemp("deployment"), engine_dir)) as value:
+    """One node behind a router, shared by tests that leave it as they found it.
+
+    In float32, whose answers are the same on every machine.
+    """
+    directory = tmp_path_factory.mktemp("deployment")
+    path = write_deployment(directory, engine_dir, engine={"dtype": "float32"})
+    with running(path) as value:
         yield value

@@ -156,7 +156,12 @@ def distant_deployment(directory: Path, engine_dir: Path) -> Iterator[DistantDep
                 "endpoint_id": f"node-{number}",
                 "host": host.address,
                 "port": NODE_PORT,
-                "engine": {"directory": str(engine_dir), "device_kv_bytes": "64MiB"},
+                "engine": {
+                    "directory": str(engine_dir),
+                    # Slow enough to be cut off before an answer is complete.
+                    "dtype": "float32",
+                    "device_kv_bytes": "64MiB",
+                },
                 "registration": {"router_urls": [deployment.url], "secret_file": str(secret)},
             }
             path = directory / f"node-{number}.yaml"

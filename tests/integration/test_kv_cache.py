@@ -33,6 +33,14 @@ def tokens(seed: int, count: int) -> list[int]:
 PREFIX = tokens(0, 512)
 
 
+def memory(*, num_blocks: int) -> dict[str, object]:
+    return {
+        "dtype": "float32",
+        "device_kv_bytes": num_blocks * BLOCK_BYTES,
+        "host_kv_bytes": "256MiB",
+    }
+
+
 def complete(deployment: Deployment, prompt: list[int], max_tokens: int = 1, **other: str) -> str:
     answer = httpx.post(
         f"{deployment.url}/v1/completions",
@@ -61,7 +69,7 @@ def small(engine_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     path = write_deployment(
         tmp_path_factory.mktemp("small"),
         engine_dir,
-        engine={"device_kv_bytes": 80 * BLOCK_BYTES, "host_kv_bytes": "256MiB"},
+        engine=memory(num_blocks=80),
         node={"max_model_len": 1024, "kv_cache": {"offload_threshold_blocks": 1}},
     )
     with running(path) as deployment:
@@ -128,7 +136,7 @@ async def test_an_engine_killed_among_copies_ends_every_stream_once(
     path = write_deployment(
         tmp_path,
         engine_dir,
-        engine={"device_kv_bytes": 60 * BLOCK_BYTES, "host_kv_bytes": "256MiB"},
+        engine=memory(num_blocks=60),
         node={"max_model_len": 800, "kv_cache": {"offload_threshold_blocks": 1}},
         router={"max_attempts": 1},  # or the streams would go on when the node is back
     )
