@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--num-threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.num_threads)
-    num_rounds = 1 if options.quick else 5
+    num_rounds = 1 if options.quick else 3
     dtype = resolve_dtype("auto", device="cpu", config=read_config(ENGINE_DIR))
     peers = start_peers(options.num_threads)
     engines: dict[str, Measure] = {f"ours {dtype}": OurEngine(dtype).measure}

@@ -36,7 +36,7 @@ struct QueryTile {
 
 // One thread's memory, in floats.
 inline int64_t attention_memory(int head_dim, int max_tile_rows) {
-  return static_cast<int64_t>(kChunkTokens + 2 * max_tile_rows) * head_dim +
+  return static_cast<int64_t>(2 * kChunkTokens + 2 * max_tile_rows) * head_dim +
          static_cast<int64_t>(2 + kChunkTokens) * max_tile_rows;
 }
 
@@ -89,6 +89,7 @@ inline void accumulate(const float* weights, const float* corrections, const Num
 // A tile's query rows: the heads of a group for each of its tokens, token by token.
 struct TileState {
   float* keys;     // (head_dim, 16)
+  float* values;   // (16, head_dim)
   float* queries;  // (rows, head_dim), scaled
   float* outputs;  // (rows, head_dim), not yet divided by `sums`
   float* weights;  // (rows, 16)
@@ -96,9 +97,9 @@ struct TileState {
   float* sums;     // (rows,)
 };
 
-template <int kRows, class Number>
+template <int kRows, class Value>
 inline void attend_chunk(const TileState& state, int first_row, int group_size, int tile_position,
-                         int chunk, const Number* const* values, int num_tokens, int head_dim) {
+                         int chunk, const Value* const* values, int num_tokens, int head_dim) {
   __m512 scores[kRows];
   score<kRows>(state.queries + first_row * head_dim, state.keys, head_dim, scores);
   float corrections[kRows];
@@ -117,7 +118,9 @@ inline void attend_chunk(const TileState& state, int first_row, int group_size, 
     const float largest = chunk_largest > before ? chunk_largest : before;
     const __m512 weights = exp(_mm512_sub_ps(scores[r], _mm512_set1_ps(largest)));
     store(state.weights + row * kChunkTokens, weights);
-    corrections[r] = _mm512_cvtss_f32(exp(_mm512_set1_ps(before - largest)));
+    // e to the power of 0 is exactly 1, and most chunks do not raise the maximum.
+    corrections[r] =
+        largest == before ? 1.0f : _mm512_cvtss_f32(exp(_mm512_set1_ps(before - largest)));
     state.sums[row] = state.sums[row] * corrections[r] + _mm512_reduce_add_ps(weights);
     state.largest[row] = largest;
   }
@@ -127,6 +130,20 @@ inline void attend_chunk(const TileState& state, int first_row, int group_size, 
     accumulate<kRows, 4>(weights, corrections, values, num_tokens, head_dim, outputs);
   else
     accumulate<kRows, 1>(weights, corrections, values, num_tokens, head_dim, outputs);
+}
+
+// All rows of a tile on one chunk.
+template <class Value>
+inline void attend_rows(const TileState& state, int num_rows, int group_size, int tile_position,
+                        int chunk, const Value* const* values, int num_tokens, int head_dim) {
+  int row = 0;
+  for (; row + kMaxRows <= num_rows; row += kMaxRows)
+    attend_chunk<kMaxRows>(state, row, group_size, tile_position, chunk, values, num_tokens,
+                           head_dim);
+  for (; row + 3 <= num_rows; row += 3)
+    attend_chunk<3>(state, row, group_size, tile_position, chunk, values, num_tokens, head_dim);
+  for (; row < num_rows; ++row)
+    attend_chunk<1>(state, row, group_size, tile_position, chunk, values, num_tokens, head_dim);
 }
 
 // Attention of one tile under one KV head: `qkv` is (num_rows, qkv_size) with rotated queries
@@ -139,7 +156,8 @@ inline void attend(const KVCache& cache, int layer, int kv_head, const QueryTile
   const int head_dim = cache.head_dim, num_rows = tile.count * group_size;
   TileState state{};
   state.keys = memory;
-  state.queries = state.keys + kChunkTokens * head_dim;
+  state.values = state.keys + kChunkTokens * head_dim;
+  state.queries = state.values + kChunkTokens * head_dim;
   state.outputs = state.queries + num_rows * head_dim;
   state.weights = state.outputs + num_rows * head_dim;
   state.largest = state.weights + num_rows * kChunkTokens;
@@ -177,14 +195,18 @@ inline void attend(const KVCache& cache, int layer, int kv_head, const QueryTile
 #pragma GCC unroll 16
       for (int t = 0; t < kLanes; ++t) store(state.keys + (d + t) * kLanes, square[t]);
     }
-    int row = 0;
-    for (; row + kMaxRows <= num_rows; row += kMaxRows)
-      attend_chunk<kMaxRows>(state, row, group_size, tile.position, chunk, values, num_tokens,
-                             head_dim);
-    for (; row + 3 <= num_rows; row += 3)
-      attend_chunk<3>(state, row, group_size, tile.position, chunk, values, num_tokens, head_dim);
-    for (; row < num_rows; ++row)
-      attend_chunk<1>(state, row, group_size, tile.position, chunk, values, num_tokens, head_dim);
+    if (num_rows <= kMaxRows) {
+      attend_rows(state, num_rows, group_size, tile.position, chunk, values, num_tokens, head_dim);
+      continue;
+    }
+    // Many rows: convert to float once for all.
+    const float* converted[kChunkTokens];
+    for (int t = 0; t < num_tokens; ++t) {
+      float* target = state.values + t * head_dim;
+      for (int d = 0; d < head_dim; d += kLanes) store(target + d, load(values[t] + d));
+      converted[t] = target;
+    }
+    attend_rows(state, num_rows, group_size, tile.position, chunk, converted, num_tokens, head_dim);
   }
   for (int row = 0; row < num_rows; ++row) {
     const int head = kv_head * group_size + row % group_size;
