@@ -22,7 +22,7 @@ from orchestrator.core.ports import (
 )
 from orchestrator.grammars import GrammarCompiler
 from orchestrator.logit_adjustment import SamplingFailed
-from orchestrator.sampling import SampledToken, Sampler
+from orchestrator.sampling import Draw, SampledToken, Sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +84,16 @@ class StepRunner:
         vocab_size: int,
         compute: Compute,
         grammars: GrammarCompiler | None = None,
+        draw_on_cpu: Draw | None = None,
     ) -> None:
         """`compute` makes the model's kernels wait for onboarded blocks, unless the plan waits
-        for transfers. `grammars` is for an engine whose capabilities have no grammar obstacle."""
+        for transfers. `grammars` is for an engine whose capabilities have no grammar obstacle,
+        `draw_on_cpu` for one that draws tokens in its own way."""
         self._limits, self._copies = capabilities, copies
         self._vocab_size, self._compute_logits = vocab_size, compute
         self._plan_checks = PlanChecks(capabilities)
-        self._sampler = Sampler(vocab_size, grammars)
+        self._sampler = Sampler(vocab_size, grammars, draw_on_cpu=draw_on_cpu)
+        self._model_s: float | None = None
 
     def run(self, plan: SchedulerOutput) -> StepOutput:
         """Copy and compute one step; see `core.ports.Engine`.
@@ -104,6 +107,7 @@ class StepRunner:
             EngineLost: what `compute` or the copies run on has ended.
         """
         started_s = time.perf_counter()
+        self._model_s = None
         self._sampler.forget(plan.finished_ids)
         try:
             self._plan_checks.check(plan)
@@ -133,6 +137,7 @@ class StepRunner:
             step_id=plan.step_id,
             new_token_ids={request_id: (t.token_id,) for request_id, t in tokens.items()},
             step_s=time.perf_counter() - started_s,
+            model_s=self._model_s,
             logprobs={
                 request_id: (token.logprobs,)
                 for request_id, token in tokens.items()
@@ -165,7 +170,10 @@ class StepRunner:
     ) -> dict[str, SampledToken]:
         """Return the new tokens by request id; add to `failed` who got none."""
         self._sampler.prepare(part.request for part in parts)
+        started_s = time.perf_counter()
         step = self._compute_logits(parts)
+        if step.logits.is_cpu:  # a GPU has only been told
+            self._model_s = time.perf_counter() - started_s
         lost = self._without_blocks(parts)
         rows = [
             row

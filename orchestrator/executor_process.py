@@ -204,6 +204,7 @@ class ExecutorServer:
                 num_kept_tokens=plan.reasons.num_kept_tokens,
                 num_recomputed_tokens=plan.reasons.num_recomputed_tokens,
                 copies=output.copies,
+                model_s=output.model_s,
                 errors=figures.errors,
                 load=self._load_report(figures.load),
                 marks=self._marks.of_step(plan, self._clock.now_s() - output.step_s),
@@ -228,6 +229,7 @@ class ExecutorServer:
                 num_kept_tokens=0,
                 num_recomputed_tokens=0,
                 copies=CopyFigures(),
+                model_s=None,
                 errors=(),
                 load=self._load_report(load),
             )

@@ -20,8 +20,9 @@ then a smallest weight that stays, and the draw is an inverse CDF over exact sum
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -45,6 +46,10 @@ _MIN_TEMPERATURE = 1e-30
 _CPU_ROWS_PER_PASS = 8
 
 _UINT64 = (1 << 64) - 1
+
+
+Draw = Callable[[torch.Tensor, DrawParameters], list[int]]
+"""Returns one token per row of scores; -1 where the largest score is not finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +77,19 @@ class Sampler:
     come back, here or on another node.
     """
 
-    def __init__(self, vocab_size: int, grammars: GrammarCompiler | None = None) -> None:
-        """Without `grammars`, requests with a grammar fail."""
+    def __init__(
+        self,
+        vocab_size: int,
+        grammars: GrammarCompiler | None = None,
+        *,
+        draw_on_cpu: Draw | None = None,
+    ) -> None:
+        """Without `grammars`, requests with a grammar fail. `draw_on_cpu` takes the place of this
+        module's own steps 4 to 8 for logits in main memory."""
         self._vocab_size = vocab_size
+        self._sample_on_cpu = _sample_on_cpu
+        if draw_on_cpu is not None:
+            self._sample_on_cpu = partial(_sample_by, draw_on_cpu)
         self._adjuster = LogitAdjuster(grammars)
 
     def prepare(self, requests: Iterable[Request]) -> None:
@@ -106,7 +121,8 @@ class Sampler:
         if not requests:
             return []
         scores = self._adjuster.adjusted(logits, requests)
-        token_ids = (_sample_on_cpu if scores.is_cpu else sample_on_device)(scores, requests)
+        sample = self._sample_on_cpu if scores.is_cpu else sample_on_device
+        token_ids = sample(scores, requests)
         logprobs = _logprobs(logits, requests, token_ids)
         return [SampledToken(token_id, logprobs.get(row)) for row, token_id in enumerate(token_ids)]
 
@@ -139,23 +155,37 @@ def sample_on_device(scores: torch.Tensor, requests: Sequence[Request]) -> list[
     Raises:
         InvalidLogits: a row's largest score is NaN or infinite.
     """
+    if all(_is_greedy(r.spec.sampling) for r in requests):
+        token_ids = most_likely_on_device(scores)
+        _check_finite([token_id >= 0 for token_id in token_ids], requests)
+        return token_ids
+    return _sample_by(partial(draw_on_device, max_weight=_MAX_WEIGHT), scores, requests)
+
+
+def _sample_by(draw: Draw, scores: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+    token_ids = draw(scores, _draw_parameters(requests))
+    _check_finite([token_id >= 0 for token_id in token_ids], requests)
+    return token_ids
+
+
+def _draw_parameters(requests: Sequence[Request]) -> DrawParameters:
     params = [r.spec.sampling for r in requests]
     is_greedy = [_is_greedy(p) for p in params]
     if all(is_greedy):
-        token_ids = most_likely_on_device(scores)
-    else:
-        fractions = [uniform(r.spec.sampling.seed, r.num_output_tokens) for r in requests]
-        parameters = DrawParameters(
-            is_greedy=np.array(is_greedy, np.float64),
-            temperature=np.array([max(p.temperature, _MIN_TEMPERATURE) for p in params]),
-            min_weight=np.array([p.min_p * _MAX_WEIGHT for p in params]),
-            top_k=np.array([p.top_k for p in params], np.float64),
-            top_p=np.array([p.top_p for p in params]),
-            fraction=np.array(fractions),
-        )
-        token_ids = draw_on_device(scores, parameters, max_weight=_MAX_WEIGHT)
-    _check_finite([token_id >= 0 for token_id in token_ids], requests)
-    return token_ids
+        nothing = np.zeros(len(params))
+        return DrawParameters(nothing + 1, nothing, nothing, nothing, nothing, nothing)
+    fractions = [
+        0.0 if greedy else uniform(r.spec.sampling.seed, r.num_output_tokens)
+        for r, greedy in zip(requests, is_greedy, strict=True)
+    ]
+    return DrawParameters(
+        is_greedy=np.array(is_greedy, np.float64),
+        temperature=np.array([max(p.temperature, _MIN_TEMPERATURE) for p in params]),
+        min_weight=np.array([p.min_p * _MAX_WEIGHT for p in params]),
+        top_k=np.array([p.top_k for p in params], np.float64),
+        top_p=np.array([p.top_p for p in params]),
+        fraction=np.array(fractions),
+    )
 
 
 def _check_finite(is_finite: Sequence[bool], requests: Sequence[Request]) -> None:

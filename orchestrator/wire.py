@@ -285,6 +285,9 @@ class StepReport(msgspec.Struct, frozen=True, tag=True):
     copies: CopyFigures
     """KV copies that ended with the step."""
 
+    model_s: float | None
+    """Part of `step_s` in which the model computed; None if the engine cannot tell it apart."""
+
     errors: tuple[StepErrors, ...]
     """Of recent predictions, for each batch class seen so far."""
 

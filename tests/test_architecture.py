@@ -26,6 +26,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "orchestrator": ("orchestrator.core", "orchestrator"),
     "engines": (
         "orchestrator.core",
+        "orchestrator.device_sampling",
         "orchestrator.grammars",
         "orchestrator.logit_adjustment",
         "orchestrator.sampling",

@@ -29,13 +29,15 @@ from engines.torch_engine.cpu_library import (
     Workspace,
     load_library,
 )
-from engines.torch_engine.cpu_weights import GROUP_INPUTS, quantize
+from engines.torch_engine.cpu_sampling import draw_on_cpu
+from engines.torch_engine.cpu_weights import GROUP_INPUTS, PANEL_OUTPUTS, quantize
 from engines.torch_engine.model import rope_tables
 from engines.torch_engine.packed_step import HostBlockTables, PackedStep, pack_step
 from engines.torch_engine.precision import int8_obstacle
 from engines.torch_engine.weights import DecoderWeights
 from orchestrator.core.errors import EngineError
 from orchestrator.core.ports import ScheduledRequest
+from orchestrator.device_sampling import DrawParameters
 
 # Tokens of a prompt that share what is read of K and V; 4 to 32 differ by 10 % on 2 cores of an
 # AMD EPYC.
@@ -72,6 +74,7 @@ class CpuDecoder:
         self._model = self._make_model(weights, max_model_len)
         self._workspace = self._make_workspace(max_num_batched_tokens)
         self._logits = torch.empty(max_num_seqs, config.vocab_size)
+        self._largest = torch.empty(max_num_seqs, -(-config.vocab_size // PANEL_OUTPUTS))
 
     def compute(
         self,
@@ -105,6 +108,12 @@ class CpuDecoder:
         self._run(step, logits, before_layer)
         return StepLogits(sampled, logits)
 
+    def draw(self, scores: torch.Tensor, parameters: DrawParameters) -> list[int]:
+        """Return one token per row of scores, such as the last logits; -1 where the largest is not
+        finite."""
+        is_unchanged = scores.data_ptr() == self._logits.data_ptr()
+        return draw_on_cpu(scores, parameters, largest=self._largest if is_unchanged else None)
+
     def close(self) -> None:
         """Release the weights. No call follows."""
         self._kept.clear()
@@ -121,7 +130,9 @@ class CpuDecoder:
             for index in range(num_layers):
                 before_layer(index)
                 self._library.proserve_run_layers(model, step, work, index, index + 1)
-        self._library.proserve_logits(model, step, work, logits.data_ptr())
+        self._library.proserve_logits(
+            model, step, work, logits.data_ptr(), self._largest.data_ptr()
+        )
 
     def _make_model(self, weights: DecoderWeights, max_model_len: int) -> Model:
         config, layout = self._config, self._pool.layout

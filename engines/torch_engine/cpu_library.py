@@ -163,8 +163,9 @@ def load_library() -> ctypes.CDLL:
     for name, arguments in (
         ("proserve_embed", (model, step, work)),
         ("proserve_run_layers", (model, step, work, c_int32, c_int32)),
-        ("proserve_logits", (model, step, work, c_void_p)),
+        ("proserve_logits", (model, step, work, c_void_p, c_void_p)),
         ("proserve_linear", (POINTER(Matrix), c_void_p, c_int32, work, c_void_p)),
+        ("proserve_draw", (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int32, c_void_p)),
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = None, arguments

@@ -179,6 +179,7 @@ class TorchEngine:
             vocab_size=config.vocab_size,
             compute=self._compute,
             grammars=grammars,
+            draw_on_cpu=self._decoder.draw if isinstance(self._decoder, CpuDecoder) else None,
         )
 
     @classmethod

@@ -192,6 +192,9 @@ class StepOutput:
     step_s: float
     """Measured duration."""
 
+    model_s: float | None = None
+    """Part of `step_s` in which the model computed; None if the engine cannot tell it apart."""
+
     logprobs: Mapping[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     """request_id -> one entry per new token, for requests that asked."""
 

@@ -54,6 +54,7 @@ def test_error_quantiles_are_exported_for_each_batch_class() -> None:
             num_kept_tokens=0,
             num_recomputed_tokens=0,
             copies=CopyFigures(),
+            model_s=None,
             errors=(StepErrors(BatchClass.DECODE_ONLY, 256, p50=-0.01, p90=0.2, p99=1.5),),
             load=make_load(),
         )

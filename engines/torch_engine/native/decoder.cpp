@@ -105,7 +105,7 @@ void rotate_and_store(const Model& model, const Step& step, int layer, int64_t r
 }
 
 template <class Number>
-void run_layer(const Model& model, const Step& step, const Workspace& work, int index,
+void run_layer(Team& team, const Model& model, const Step& step, const Workspace& work, int index,
                uint8_t* memory) {
   const Layer& layer = model.layers[index];
   const KVCache& cache = model.cache;
@@ -113,42 +113,38 @@ void run_layer(const Model& model, const Step& step, const Workspace& work, int 
   const int query_size = model.num_heads * cache.head_dim, qkv_size = layer.qkv.num_outputs;
   const Activations& inputs = work.activations;
   float* normed = reinterpret_cast<float*>(memory);
-#pragma omp for schedule(static)
-  for (int64_t row = 0; row < num_rows; ++row) {
-    rms_norm(work.hidden + row * hidden_size, layer.input_norm, hidden_size, model.rms_norm_eps,
-             normed);
-    quantize_row(normed, hidden_size, row, inputs);
-  }
-  linear(layer.qkv, inputs, num_rows, memory, Store{work.qkv, qkv_size});
-#pragma omp for schedule(static)
-  for (int64_t row = 0; row < num_rows; ++row)
+  const auto norm = [&](const float* weight) {
+    team.share(num_rows, [&](int64_t row) {
+      rms_norm(work.hidden + row * hidden_size, weight, hidden_size, model.rms_norm_eps, normed);
+      quantize_row(normed, hidden_size, row, inputs);
+    });
+  };
+  const auto quantize = [&](const float* rows, int size) {
+    team.share(num_rows, [&](int64_t row) { quantize_row(rows + row * size, size, row, inputs); });
+  };
+  norm(layer.input_norm);
+  linear(team, layer.qkv, inputs, num_rows, memory, Store{work.qkv, qkv_size});
+  team.share(num_rows, [&](int64_t row) {
     rotate_and_store<Number>(model, step, index, row, work.qkv + row * qkv_size);
-#pragma omp for schedule(dynamic, 1)
-  for (int item = step.num_tiles * cache.num_kv_heads - 1; item >= 0; --item) {
+  });
+  // From the last one on: those at the end of a prompt see the most.
+  const int64_t num_items = static_cast<int64_t>(step.num_tiles) * cache.num_kv_heads;
+  team.take_turns(num_items, [&](int64_t turn) {
+    const int item = static_cast<int>(num_items - 1 - turn);
     const int i = item / cache.num_kv_heads;
     const QueryTile tile{step.tile_rows[i], step.tile_counts[i], step.tile_positions[i],
                          step.tables + step.tile_table_starts[i]};
     attend<Number>(cache, index, item % cache.num_kv_heads, tile,
                    model.num_heads / cache.num_kv_heads, work.qkv, qkv_size, work.attention,
                    query_size, reinterpret_cast<float*>(memory));
-  }
-#pragma omp for schedule(static)
-  for (int64_t row = 0; row < num_rows; ++row)
-    quantize_row(work.attention + row * query_size, query_size, row, inputs);
-  linear(layer.attention_output, inputs, num_rows, memory, AddTo{work.hidden, hidden_size});
-#pragma omp for schedule(static)
-  for (int64_t row = 0; row < num_rows; ++row) {
-    rms_norm(work.hidden + row * hidden_size, layer.mlp_norm, hidden_size, model.rms_norm_eps,
-             normed);
-    quantize_row(normed, hidden_size, row, inputs);
-  }
-  linear(layer.gate_up, inputs, num_rows, memory,
+  });
+  quantize(work.attention, query_size);
+  linear(team, layer.attention_output, inputs, num_rows, memory, AddTo{work.hidden, hidden_size});
+  norm(layer.mlp_norm);
+  linear(team, layer.gate_up, inputs, num_rows, memory,
          StoreSiluProduct{work.product, model.intermediate_size});
-#pragma omp for schedule(static)
-  for (int64_t row = 0; row < num_rows; ++row)
-    quantize_row(work.product + row * model.intermediate_size, model.intermediate_size, row,
-                 inputs);
-  linear(layer.down, inputs, num_rows, memory, AddTo{work.hidden, hidden_size});
+  quantize(work.product, model.intermediate_size);
+  linear(team, layer.down, inputs, num_rows, memory, AddTo{work.hidden, hidden_size});
 }
 
 uint8_t* own_memory(const Workspace& work) {
@@ -178,44 +174,44 @@ void proserve_embed(const Model* model, const Step* step, const Workspace* work)
 // Run layers [first, end).
 void proserve_run_layers(const Model* model, const Step* step, const Workspace* work,
                          int32_t first, int32_t end) {
-#pragma omp parallel num_threads(work->num_threads)
-  for (int layer = first; layer < end; ++layer) {
-    if (model->cache.is_bfloat16)
-      run_layer<KVBFloat16>(*model, *step, *work, layer, own_memory(*work));
-    else
-      run_layer<KVFloat32>(*model, *step, *work, layer, own_memory(*work));
-  }
+  run_team(work->num_threads, [&](Team& team) {
+    for (int layer = first; layer < end; ++layer) {
+      if (model->cache.is_bfloat16)
+        run_layer<KVBFloat16>(team, *model, *step, *work, layer, own_memory(*work));
+      else
+        run_layer<KVFloat32>(team, *model, *step, *work, layer, own_memory(*work));
+    }
+  });
 }
 
-// Write the logits of the sampled rows, (num_sampled, vocab_size).
-void proserve_logits(const Model* model, const Step* step, const Workspace* work, float* logits) {
-#pragma omp parallel num_threads(work->num_threads)
-  {
+// Write the logits of the sampled rows, (num_sampled, vocab_size), and the largest of every 32.
+void proserve_logits(const Model* model, const Step* step, const Workspace* work, float* logits,
+                     float* largest) {
+  run_team(work->num_threads, [&](Team& team) {
     uint8_t* memory = own_memory(*work);
     float* normed = reinterpret_cast<float*>(memory);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < step->num_sampled; ++i) {
+    team.share(step->num_sampled, [&](int64_t i) {
       const int64_t row = step->sampled_rows[i];
       rms_norm(work->hidden + row * model->hidden_size, model->final_norm, model->hidden_size,
                model->rms_norm_eps, normed);
       quantize_row(normed, model->hidden_size, i, work->activations);
-    }
-    linear(model->lm_head, work->activations, step->num_sampled, memory,
-           Store{logits, model->lm_head.num_outputs});
-  }
+    });
+    linear(team, model->lm_head, work->activations, step->num_sampled, memory,
+           StoreWithLargest{Store{logits, model->lm_head.num_outputs}, largest,
+                            model->lm_head.num_panels()});
+  });
 }
 
 // Multiply quantised rows by one matrix, (num_rows, num_outputs): for tests of the format.
 void proserve_linear(const Matrix* matrix, const float* rows, int32_t num_rows,
                      const Workspace* work, float* outputs) {
-#pragma omp parallel num_threads(work->num_threads)
-  {
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < num_rows; ++row)
+  run_team(work->num_threads, [&](Team& team) {
+    team.share(num_rows, [&](int64_t row) {
       quantize_row(rows + row * matrix->num_inputs, matrix->num_inputs, row, work->activations);
-    linear(*matrix, work->activations, num_rows, own_memory(*work),
+    });
+    linear(team, *matrix, work->activations, num_rows, own_memory(*work),
            Store{outputs, matrix->num_outputs});
-  }
+  });
 }
 
 }  // extern "C"

@@ -14,8 +14,7 @@
 
 #pragma once
 
-#include <omp.h>
-
+#include "team.h"
 #include "vectors.h"
 
 constexpr int kGroup = 32;
@@ -182,6 +181,26 @@ struct Store {
   }
 };
 
+// As `Store`, and the largest of each panel's outputs, (num_rows, num_panels); NaN if one is.
+struct StoreWithLargest {
+  Store store;
+  float* largest;
+  int num_panels;
+
+  void operator()(int64_t row, int column, __m512 left, __m512 right) const {
+    store(row, column, left, right);
+    const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    const __mmask16 first = columns_left(store.num_columns, column);
+    const __mmask16 second = columns_left(store.num_columns, column + kLanes);
+    left = _mm512_mask_mov_ps(lowest, first, left);
+    right = _mm512_mask_mov_ps(lowest, second, right);
+    const bool has_nan = _mm512_cmp_ps_mask(left, right, _CMP_UNORD_Q);
+    largest[row * num_panels + column / kPanel] =
+        has_nan ? std::numeric_limits<float>::quiet_NaN()
+                : _mm512_reduce_max_ps(_mm512_max_ps(left, right));
+  }
+};
+
 struct AddTo {
   float* outputs;
   int num_columns;
@@ -208,17 +227,16 @@ struct StoreSiluProduct {
   }
 };
 
-// Multiply all rows; every thread of a parallel region calls it and waits for the others.
+// Multiply all rows; every thread of the team calls it.
 template <class Epilogue>
-inline void linear(const Matrix& matrix, const Activations& rows, int64_t num_rows,
+inline void linear(Team& team, const Matrix& matrix, const Activations& rows, int64_t num_rows,
                    uint8_t* panel_memory, const Epilogue& epilogue) {
   // Rows are divided too where the panels alone would leave threads idle, in whole tiles.
-  const int64_t num_panels = matrix.num_panels(), num_threads = omp_get_num_threads();
+  const int64_t num_panels = matrix.num_panels(), num_threads = team.num_threads();
   const int64_t num_tiles = (num_rows + kTileRows - 1) / kTileRows;
   int64_t num_parts = 1;
   while (num_panels * num_parts < 4 * num_threads && num_tiles >= 8 * num_parts) num_parts *= 2;
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t item = 0; item < num_panels * num_parts; ++item) {
+  team.take_turns(num_panels * num_parts, [&](int64_t item) {
     const int index = static_cast<int>(item / num_parts);
     const int64_t part = item % num_parts;
     const int64_t first = num_tiles * part / num_parts * kTileRows;
@@ -237,5 +255,5 @@ inline void linear(const Matrix& matrix, const Activations& rows, int64_t num_ro
       case 5: multiply<5>(panel, rows, row, column, epilogue); break;
       default: break;
     }
-  }
+  });
 }
