@@ -196,13 +196,11 @@ class ExecutorClient:
         spec: RequestSpec,
         arrival_s: float,
         resume_from: ResumePoint | None = None,
-        *,
-        is_traced: bool = False,
     ) -> AsyncGenerator[RequestEvent]:
         """Run a request and yield its events, the last one with a finish reason.
 
-        With `resume_from`, they begin behind what another node has delivered. Of one that
-        `is_traced` step reports have marks. Leaving the iterator early aborts the request.
+        With `resume_from`, they begin behind what another node has delivered. Leaving the iterator
+        early aborts the request.
 
         Raises:
             NodeUnavailable: the engine is not serving.
@@ -220,7 +218,7 @@ class ExecutorClient:
         self._streams[spec.request_id] = queue
         has_ended = False
         try:
-            await self._send(AddRequest(spec, arrival_s, resume_from, is_traced))
+            await self._send(AddRequest(spec, arrival_s, resume_from))
             request = Request.received(spec, resume_from, arrival_s=arrival_s)
             self._on_its_way[spec.request_id] = (self._num_sent, request)
             self._num_sent += 1

@@ -149,10 +149,9 @@ class ExecutorServer:
 
     def _handle(self, command: Command) -> None:
         match command:
-            case AddRequest(spec, arrival_s, resume_from, is_traced):
+            case AddRequest(spec, arrival_s, resume_from):
                 self._num_added += 1
-                if is_traced:
-                    self._marks.follow(spec.request_id)
+                self._marks.follow(spec.request_id)
                 try:
                     self._loop.add(spec, arrival_s, resume_from)
                 # The HTTP process checks first; this is for what changed in between.
@@ -175,10 +174,9 @@ class ExecutorServer:
 
     def _emit(self, events: Sequence[RequestEvent]) -> None:
         self._send(Events(tuple(events)))
-        if self._marks:
-            for event in events:
-                if event.finish_reason is not None:
-                    self._marks.forget(event.request_id)
+        for event in events:
+            if event.finish_reason is not None:
+                self._marks.forget(event.request_id)
 
     def _report(self, figures: StepFigures) -> None:
         plan, output = figures.plan, figures.output

@@ -57,11 +57,33 @@ class NodeMetrics:
             "Requests passed over in a step because they did not fit.",
             registry=registry,
         )
+        self._declare_step_metrics()
+        side = Gauge(
+            "proserve_node_boundary_requests",
+            "Requests on either side of the sliding boundary in the last step.",
+            ["side"],
+            registry=registry,
+        )
+        self._urgent, self._normal = side.labels("urgent"), side.labels("normal")
+        self.registered = Gauge(
+            "proserve_node_registered",
+            "1 while the node is registered at a router, or in etcd.",
+            ["router"],
+            registry=registry,
+        ).labels
+
+    def _declare_step_metrics(self) -> None:
+        registry = self.registry
         self._step_s = Histogram(
             "proserve_node_step_seconds",
             "Measured duration of a step.",
             registry=registry,
             buckets=_STEP_BUCKETS_S,
+        )
+        self._predicted_s = Counter(
+            "proserve_node_step_predicted_seconds_total",
+            "Predicted duration of the steps that were measured.",
+            registry=registry,
         )
         self._step_error = Histogram(
             "proserve_node_step_prediction_error_ratio",
@@ -83,19 +105,6 @@ class NodeMetrics:
             registry=registry,
             buckets=_SCHEDULE_BUCKETS_S,
         )
-        side = Gauge(
-            "proserve_node_boundary_requests",
-            "Requests on either side of the sliding boundary in the last step.",
-            ["side"],
-            registry=registry,
-        )
-        self._urgent, self._normal = side.labels("urgent"), side.labels("normal")
-        self.registered = Gauge(
-            "proserve_node_registered",
-            "1 while the node is registered at a router, or in etcd.",
-            ["router"],
-            registry=registry,
-        ).labels
 
     def request_ended(self, reason: FinishReason, *, priority_class: str) -> None:
         """Count a request's end."""
@@ -119,6 +128,7 @@ class NodeMetrics:
         if report.step_s > 0:  # 0: the step failed and was not measured
             self._step_s.observe(report.step_s)
             if report.predicted_step_s is not None:
+                self._predicted_s.inc(report.predicted_step_s)
                 self._step_error.observe((report.predicted_step_s - report.step_s) / report.step_s)
 
     def render(

@@ -19,6 +19,7 @@ from orchestrator.core.errors import NodeUnavailable, ProServeError, RequestReje
 from orchestrator.core.ports import RequestEvent
 from orchestrator.core.request import FinishReason
 from orchestrator.executor_client import ExecutorClient
+from orchestrator.journal import Journal
 from orchestrator.metrics import NodeMetrics
 from orchestrator.token_stream import NDJSON, TokenEventsResponse
 from orchestrator.tracing import TRACEPARENT, Attributes, Span, Tracing
@@ -82,6 +83,9 @@ class NodeService:
         self._spans: dict[str, Span] = {}
         """Of sampled requests that have not ended."""
 
+        self.journal = Journal()
+        """What became of recent requests."""
+
         self.executor = ExecutorClient(
             executor_command, on_step=self._step_done, stall_timeout_s=stall_timeout_s
         )
@@ -135,11 +139,11 @@ class NodeService:
         if self.tracing is not None:
             attributes = _span_attributes(body, self.endpoint_id, ready.model)
             span = self.tracing.begin("generate", traceparents, attributes)
-        is_traced = span is not None and span.is_sampled
         events = self._counted(
-            self.executor.generate(spec, arrival_s, body.resume_from, is_traced=is_traced),
+            self.executor.generate(spec, arrival_s, body.resume_from),
             priority_class=spec.priority_class,
         )
+        events = self._told(events, body)
         return events if span is None else self._traced(events, body.request_id, span)
 
     def snapshot(self) -> NodeSnapshot:
@@ -255,15 +259,48 @@ class NodeService:
             )
             span.end(failure)
 
+    async def _told(
+        self, generated: AsyncGenerator[RequestEvent], body: GenerateRequest
+    ) -> AsyncGenerator[RequestEvent]:
+        """Note in the journal when a request comes, begins to answer and ends."""
+        book = self.journal.begin(body.request_id)
+        num_delivered = len(body.resume_from.output_token_ids) if body.resume_from else None
+        book.note(
+            "received",
+            instance_id=self.instance_id,
+            num_prompt_tokens=len(body.prompt_token_ids),
+            num_delivered_tokens=num_delivered,
+        )
+        num_tokens, reason = 0, FinishReason.ABORT
+        try:
+            async with contextlib.aclosing(generated) as events:
+                async for event in events:
+                    if event.new_token_ids and not num_tokens:
+                        book.note("first_token")
+                    num_tokens += len(event.new_token_ids)
+                    reason = event.finish_reason or reason
+                    yield event
+        finally:
+            book.note("finished", reason=reason.value, num_tokens=num_tokens)
+
     def _step_done(self, report: StepReport) -> None:
         self.metrics.step_done(report)
         for mark in report.marks:
+            ago_s = time.monotonic() - mark.began_s
+            if (book := self.journal.book(mark.request_id)) is not None:
+                book.note(
+                    mark.name,
+                    ago_s=ago_s,
+                    num_tokens=mark.num_tokens,
+                    num_blocks=mark.num_blocks,
+                    step_id=report.step_id,
+                )
             span = self._spans.get(mark.request_id)
             if span is not None:
                 figures = {"num_tokens": mark.num_tokens, "num_blocks": mark.num_blocks}
                 attributes = {f"proserve.{name}": value for name, value in figures.items()}
                 attributes["proserve.step_id"] = report.step_id
-                span.event(mark.name, attributes, ago_s=time.monotonic() - mark.began_s)
+                span.event(mark.name, attributes, ago_s=ago_s)
 
 
 def create_node_app(service: NodeService) -> FastAPI:
@@ -323,6 +360,21 @@ def create_node_app(service: NodeService) -> FastAPI:
         await service.drain()
         return _json({"open_requests": service.executor.num_streams})
 
+    _add_watching_routes(app, service)
+    return app
+
+
+def _add_watching_routes(app: FastAPI, service: NodeService) -> None:
+    """Serve what those who watch a node ask for."""
+
+    @app.get("/v1/requests/{request_id}")
+    async def story(request_id: str) -> Response:
+        book = service.journal.book(request_id)
+        if book is None:
+            message = f"nothing is known of request {request_id[:128]!r}; it may be long ago"
+            return _error(HTTPStatus.NOT_FOUND, message)
+        return _json(book.story(request_id))
+
     @app.get("/health")
     async def health() -> Response:
         trouble = service.executor.trouble
@@ -341,8 +393,6 @@ def create_node_app(service: NodeService) -> FastAPI:
             None if ready is None else ready.capabilities,
         )
         return Response(text, media_type="text/plain; version=0.0.4")
-
-    return app
 
 
 def _span_attributes(body: GenerateRequest, endpoint_id: str, model: str) -> Attributes:

@@ -12,6 +12,7 @@ HTTP service of a node:
     GET  /v1/snapshots       lines of NodeSnapshot as application/x-ndjson, one at once and one
                              whenever something has changed, until either side closes
     POST /v1/drain           finish what runs, refuse what comes
+    GET  /v1/requests/ID     Story: what became of a recent request
     GET  /health             200 {"status": "ready"}, or 503 with a reason
     GET  /metrics            Prometheus text
 
@@ -179,8 +180,6 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True):
     processes share; seconds spent before the node are already subtracted."""
 
     resume_from: ResumePoint | None = None
-    is_traced: bool = False
-    """Whether step reports are to say what happens to it."""
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag=True):
@@ -239,7 +238,7 @@ class LoadReport(msgspec.Struct, frozen=True, tag=True):
 
 
 class RequestMark(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a step did to a request that is traced."""
+    """What a step did to a request."""
 
     request_id: str
     name: str

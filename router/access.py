@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orchestrator.core.ports import Clock
+from orchestrator.journal import StoryBook
 from orchestrator.tracing import TRACEPARENT, Attributes, Span, Tracing
 from router.admission import Lease
 from router.client_directory import Client
@@ -79,6 +80,12 @@ class RequestRecord:
     span: Span | None = None
     """Of the request, where requests are traced."""
 
+    book: StoryBook = field(default_factory=StoryBook)
+    """What has become of the request."""
+
+    duration_s: float | None = None
+    """From arrival to end; None while it goes on."""
+
     gain_captured: float = 0.0
     gain_possible: float = 0.0
     """Both as in the metrics of these names, over all sequences."""
@@ -102,6 +109,14 @@ class RequestRecord:
         self.num_prompt_tokens = plan.num_prompt_tokens
         self.lease = lease
         self._class_metrics.in_progress.inc()
+        self.book.note(
+            "accepted",
+            priority_class=self.priority_class,
+            demoted_to=self.demoted_to,
+            client=self._client_name or None,
+            num_prompt_tokens=plan.num_prompt_tokens,
+            num_sequences=len(plan.sequences),
+        )
         if self.span is not None:
             self.span.note(_plan_attributes(plan))
 
@@ -114,6 +129,7 @@ class RequestRecord:
         """Tokens came from a node."""
         if self.ttft_s is None and num_new_tokens > 0:
             self.ttft_s = now_s - self.arrival_s
+            self.book.note("first_token")
         self.num_completion_tokens += num_new_tokens
         if finish_reason is not None:
             self.finish_reasons.append(finish_reason)
@@ -154,7 +170,15 @@ class RequestRecord:
             self.metrics.refusals(self._client_name, self.error, self.error_type).inc()
         if self.span is not None:
             self._end_span(self.span, route, status)
-        duration_s = now_s - self.arrival_s
+        self.duration_s = duration_s = now_s - self.arrival_s
+        self.book.note(
+            "ended",
+            status=status,
+            num_completion_tokens=self.num_completion_tokens,
+            finish_reasons=", ".join(self.finish_reasons) or None,
+            error=self.error,
+            has_client_left=self.has_client_left or None,
+        )
         if self.completion_id is not None:
             self._class_metrics.in_progress.dec()
             self._class_metrics.duration.observe(duration_s)

@@ -25,34 +25,33 @@ from router.admission import Admission
 from router.bodies import parsed_body, read_body
 from router.client_directory import Client, ClientDirectory
 from router.config import RouterConfig
+from router.dashboard.observer import Observer, RecentRequests
+from router.dashboard.routes import add_dashboard_routes
 from router.dispatch import Dispatcher
 from router.endpoints import EndpointPool
-from router.error_handlers import add_error_handlers, json_response
-from router.errors import Refused
+from router.error_handlers import add_error_handlers
 from router.etcd_registry import EtcdRegistry
 from router.generation import Generation, GenerationTools
 from router.idempotency import KeptAnswers, request_key
-from router.metrics import CONTENT_TYPE, RouterMetrics
+from router.information_routes import add_information_routes
+from router.metrics import RouterMetrics
 from router.node_client import NodeClient
 from router.nodes_file import FollowedNodes
 from router.open_requests import OpenRequests
-from router.openapi import openapi_document
 from router.outlook import FleetOutlook
 from router.registration import Registrations, add_registration_routes
 from router.responses import (
     AnswerFormat,
     ChatFormat,
     CompletionFormat,
-    Model,
-    ModelList,
 )
-from router.schema import ChatCompletionBody, CompletionBody, DetokenizeBody, TokenizeBody
+from router.schema import ChatCompletionBody, CompletionBody
 from router.streaming import AnswerHead, EventStream, WholeAnswer
 from router.terms import ServiceTerms
 from router.tokenization import Tokenization
 from router.tokenizer import Tokenizer
 from router.tool_calling import ToolCalling
-from router.translation import GenerationPlan, Sender, Translator, model_not_found
+from router.translation import GenerationPlan, Sender, Translator
 from router.usage import OwnUsage, UsageStore
 from router.worker_gate import WorkerGate
 from router.worker_metrics import WorkerMetrics
@@ -138,6 +137,14 @@ class RouterService:
             config.idempotency.part_of(config.num_workers), clock, self.metrics
         )
         self.worker = None if seat is None else WorkerMetrics(seat, self.own_metrics)
+        self.recent_requests = RecentRequests()
+        self.observer = Observer(
+            self.pool,
+            self.recent_requests,
+            own_metrics=self.all_metrics,
+            class_weights=config.class_weights,
+            now_s=clock.now_s,
+        )
 
     async def start(self) -> None:
         """Begin to follow the nodes and the clients file."""
@@ -162,10 +169,20 @@ class RouterService:
         if self.directory is not None:
             await self.directory.stop()
         self.client.close()
+        await self.observer.close()
         if self.tracing is not None:
             await asyncio.to_thread(self.tracing.close)
         if self.worker is not None:
             await self.worker.fellows.close()
+
+    def end_open_requests(self) -> None:
+        """Let every generation fail from now on, and end what goes on for ever."""
+        self.open_requests.end_all()
+        self.observer.end_all()
+
+    async def all_metrics(self) -> str:
+        """Return what all workers of the router have counted."""
+        return await (self.own_metrics() if self.worker is None else self.worker.of_all())
 
     async def own_metrics(self) -> str:
         """Return what this process has counted, as Prometheus text."""
@@ -222,6 +239,7 @@ class RouterService:
             num_choices=len(plan.sequences),
         )
         generation = Generation(head.completion_id, plan, self._tools, record, lease)
+        self.recent_requests.add(record)
         if plan.is_stream:
             return EventStream(head, generation, answer_format, plan.stream_options, record)
         return WholeAnswer(head, generation, answer_format, record)
@@ -308,15 +326,18 @@ def create_app(
     app = FastAPI(
         title="ProServe router", lifespan=lifespan, openapi_url=None, redirect_slashes=False
     )
-    app.state.end_open_requests = service.open_requests.end_all
+    app.state.end_open_requests = service.end_open_requests
     app.add_middleware(AccessLog, clock=service.clock, metrics=service.metrics)
     if service.worker is not None:
         app.add_middleware(WorkerGate, worker=service.worker)
     _add_generation_routes(app, service)
-    _add_tokenizer_routes(app, service)
-    _add_information_routes(app, service)
+    add_information_routes(app, service)
     if service.registrations is not None:
         add_registration_routes(app, service.registrations)
+    if config.dashboard.is_enabled:
+        key = config.dashboard.key
+        secret = None if key is None else key.read_secret()
+        add_dashboard_routes(app, service.observer, service.recent_requests, secret)
     add_error_handlers(app)
     return app
 
@@ -368,63 +389,6 @@ class _PostRoute(Route):
         """Return whether this is the route of a request, and what to add to its scope."""
         match, found = super().matches(scope)
         return match, {**found, "route": self}
-
-
-def _add_tokenizer_routes(app: FastAPI, service: RouterService) -> None:
-    @app.post("/tokenize")
-    async def tokenize(request: Request) -> Response:
-        service.identify(request)
-        body = parsed_body(await service.read(request), TokenizeBody)
-        return json_response(200, await service.tokenization.tokenize(body))
-
-    @app.post("/detokenize")
-    async def detokenize(request: Request) -> Response:
-        service.identify(request)
-        body = parsed_body(await service.read(request), DetokenizeBody)
-        return json_response(200, await service.tokenization.detokenize(body))
-
-
-def _add_information_routes(app: FastAPI, service: RouterService) -> None:
-    model = Model(service.config.model, service.created_s)
-
-    @app.get("/v1/models")
-    async def list_models(request: Request) -> Response:
-        service.identify(request)
-        return json_response(200, ModelList((model,)))
-
-    @app.get("/v1/models/{model_id:path}")
-    async def get_model(request: Request, model_id: str) -> Response:
-        service.identify(request)
-        if model_id != model.id:
-            raise model_not_found(model_id, served=model.id)
-        return json_response(200, model)
-
-    @app.post("/v1/embeddings")
-    async def embeddings(request: Request) -> Response:
-        service.identify(request)
-        raise Refused(
-            "this server generates text only and makes no embeddings; use /v1/chat/completions or "
-            "/v1/completions, and another server for embeddings",
-            status=404,
-            code="unsupported_route",
-        )
-
-    @app.get("/openapi.json")
-    async def openapi() -> Response:
-        return json_response(200, openapi_document())
-
-    @app.get("/health")
-    async def health() -> Response:
-        obstacles = service.pool.obstacles(service.clock.now_s())
-        nodes = {endpoint_id: obstacle or "ready" for endpoint_id, obstacle in obstacles.items()}
-        is_ready = None in obstacles.values()
-        status = "ready" if is_ready else "no node can take requests now"
-        return json_response(200 if is_ready else 503, {"status": status, "nodes": nodes})
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        render = service.own_metrics if service.worker is None else service.worker.of_all
-        return Response(await render(), media_type=CONTENT_TYPE)
 
 
 def _directory(

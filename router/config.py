@@ -179,6 +179,19 @@ class RegistrationConfig(SecretConfig):
     """Registered nodes at most; those of the configuration do not count."""
 
 
+class DashboardConfig(BaseModel):
+    """The page that shows what router and nodes do."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    is_enabled: bool = True
+    """Serve /dashboard."""
+
+    key: SecretConfig | None = None
+    """What who wants to see the figures must know. None: they are shown on this machine alone,
+    also to what a proxy on it sends on."""
+
+
 class TlsConfig(BaseModel):
     """What the router shows clients that come over https."""
 
@@ -302,6 +315,9 @@ class RouterSettings(RoutingConfig):
 
     tracing: TracingConfig | None = None
     """Spans of requests for OpenTelemetry. None makes none."""
+
+    dashboard: DashboardConfig = DashboardConfig()
+    """What is shown at /dashboard."""
 
     @property
     def class_weights(self) -> dict[str, float]:

@@ -12,6 +12,7 @@ import msgspec
 from orchestrator.core.errors import EngineStepError, NodeUnavailable, ProServeError
 from orchestrator.core.ports import Clock
 from orchestrator.core.request import FinishReason
+from orchestrator.journal import StoryBook
 from orchestrator.tracing import Span
 from orchestrator.wire import GenerateRequest, TokenEvent
 from router.endpoints import EndpointPool
@@ -52,12 +53,13 @@ class Dispatcher:
         *,
         max_wait_s: float | None = None,
         span: Span | None = None,
+        book: StoryBook | None = None,
     ) -> AsyncGenerator[Sequence[TokenEvent]]:
         """Yield the events of one sequence as they come; the last one's finish reason is stop or
         length. However many nodes they come from, they are those of one undisturbed run.
 
         Appends each node that it is sent to to `used_endpoints`. `max_wait_s` as in
-        `SequenceProgress`. Each node's part is a span below `span`.
+        `SequenceProgress`. Each node's part is a span below `span`, and told in `book`.
 
         Raises:
             NodeUnavailable: no node could take the sequence, or go on with it.
@@ -71,6 +73,8 @@ class Dispatcher:
             used_endpoints.append(dispatch.endpoint_id)
             failure = None
             error_type: str | None = None
+            if book is not None:
+                _tell_of_attempt(book, request.request_id, progress)
             attempt = None if span is None else _attempt(span, request.request_id, progress)
             batches = self._client.generate(
                 self._pool.url_of(dispatch),
@@ -97,6 +101,8 @@ class Dispatcher:
                 if not isinstance(error, NodeUnavailable | EngineStepError):
                     raise
                 failure = error
+                if book is not None:
+                    book.note("node_lost", node=dispatch.endpoint_id, error=str(error))
                 self._lose(dispatch, progress, error)
             finally:
                 self._pool.end_dispatch(dispatch)
@@ -176,6 +182,20 @@ class Dispatcher:
                 return EngineStepError(f"{failure}; {reason}", request_ids=failure.request_ids)
             case NodeUnavailable():
                 return NodeUnavailable(f"{failure}; the request is given up: {reason}")
+
+
+def _tell_of_attempt(book: StoryBook, sequence_id: str, progress: SequenceProgress) -> None:
+    decision, resume_point = progress.decision, progress.resume_point
+    num_delivered = None if resume_point is None else len(resume_point.output_token_ids)
+    book.note(
+        "sent",
+        node=decision.endpoint_id,
+        sequence_id=sequence_id,
+        attempt=progress.num_attempts,
+        reason=decision.reason,
+        expected_gain=decision.expected_gain,
+        num_delivered_tokens=num_delivered,
+    )
 
 
 def _attempt(span: Span, sequence_id: str, progress: SequenceProgress) -> Span:

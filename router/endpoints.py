@@ -168,6 +168,10 @@ class EndpointPool:
         """Return, for each node, why it cannot be used now; None if it can."""
         return {e.endpoint_id: self._obstacle(e, now_s) for e in self._endpoints.values()}
 
+    def urls(self) -> dict[str, str]:
+        """Return the address of each node."""
+        return {e.endpoint_id: e.url for e in self._endpoints.values()}
+
     def num_sequences(self) -> dict[str, int]:
         """Return how many sequences each node has been sent that have not ended."""
         return {e.endpoint_id: e.num_dispatches for e in self._endpoints.values()}

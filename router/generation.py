@@ -114,6 +114,7 @@ class Generation:
             self._used_nodes[index],
             max_wait_s=plan.max_wait_s,
             span=self._record.span,
+            book=self._record.book,
         )
         try:
             async with aclosing(batches):
@@ -212,6 +213,7 @@ class SequenceMeter:
         """The sequence has ended; one without any token has missed its first one's gain."""
         if self._num_tokens == 0:
             self.gain_possible = self._weight * _GAIN_WEIGHTS.first_token
+        self._metrics.sequences[self._are_objectives_met()].inc()
         for metrics in (self._metrics, self._client):
             if metrics is not None:
                 metrics.completion_tokens.inc(self._num_tokens)
@@ -221,23 +223,30 @@ class SequenceMeter:
     def summary(self, index: int, nodes: Sequence[str]) -> ServingSummary:
         """Return what a client may know of the sequence, its choice `index`, which has ended after
         it was sent to `nodes`."""
-        ttft_s = self._first_token_s - self._arrival_s if self._num_tokens > 0 else None
-        later_s, num_later = self._last_token_s - self._first_token_s, self._num_tokens - 1
-        tpot_s = later_s / num_later if num_later > 0 else None
+        ttft_s, tpot_s = self._latencies_s()
         return ServingSummary(
             index=index,
             tokens=self._num_tokens,
             tokens_on_time=self._num_on_time,
             ttft_ms=_milliseconds(ttft_s),
             mean_tpot_ms=_milliseconds(tpot_s),
-            objectives_met=ttft_s is not None
-            and ttft_s < self._slo.ttft_s
-            and (tpot_s is None or tpot_s < self._slo.tpot_s),
+            objectives_met=self._are_objectives_met(),
             service_gain=self.gain_captured,
             possible_service_gain=self.gain_possible,
             node=nodes[-1],
             retries=len(nodes) - 1,
         )
+
+    def _latencies_s(self) -> tuple[float | None, float | None]:
+        """Return the time to the first token and the mean time of later ones, if there are any."""
+        ttft_s = self._first_token_s - self._arrival_s if self._num_tokens > 0 else None
+        later_s, num_later = self._last_token_s - self._first_token_s, self._num_tokens - 1
+        return ttft_s, later_s / num_later if num_later > 0 else None
+
+    def _are_objectives_met(self) -> bool:
+        ttft_s, tpot_s = self._latencies_s()
+        is_first_on_time = ttft_s is not None and ttft_s < self._slo.ttft_s
+        return is_first_on_time and (tpot_s is None or tpot_s < self._slo.tpot_s)
 
 
 def _milliseconds(duration_s: float | None) -> float | None:

@@ -74,6 +74,11 @@ class ClassMetrics:
         self.gain_captured = metrics.gain_captured.labels(priority_class)
         self.gain_possible = metrics.gain_possible.labels(priority_class)
         self.disconnects = metrics.disconnects.labels(priority_class)
+        self.sequences = {
+            is_met: metrics.sequences.labels(priority_class, "met" if is_met else "missed")
+            for is_met in (True, False)
+        }
+        """By whether the objectives were met."""
 
 
 class ClientMetrics:
@@ -166,6 +171,13 @@ class RouterMetrics:
         self.gain_possible = counter(
             "proserve_router_service_gain_possible_total",
             "Weight of all tokens that came, and of each first token that never did.",
+        )
+        self.sequences = Counter(
+            "proserve_router_sequences_total",
+            "Sequences that ended, by whether first token and mean time of later ones met the "
+            "objectives: met or missed.",
+            ("priority_class", "objectives"),
+            registry=registry,
         )
         self.disconnects = counter(
             "proserve_router_client_disconnects_total",

@@ -35,6 +35,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "router": (
         "orchestrator.core",
         "orchestrator.etcd",
+        "orchestrator.journal",
         "orchestrator.peers",
         "orchestrator.tracing",
         "orchestrator.wire",

@@ -16,6 +16,7 @@ from orchestrator.command_line.config_commands import app as config_app
 from orchestrator.command_line.keys import app as keys_app
 from orchestrator.command_line.launch.commands import add_commands
 from orchestrator.command_line.render_commands import app as render_app
+from orchestrator.command_line.watch import add_watch_commands
 from orchestrator.core.errors import ProServeError
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(render_app, name="render")
 add_commands(app)
 console = Console()
+add_watch_commands(app, console)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file.", metavar="FILE")]
 DieWithParent = Annotated[

@@ -49,13 +49,12 @@ def test_what_happens_to_a_preempted_request_is_marked_in_order() -> None:
     assert said(marks, coming)[1:] == [("a", "prefill", 4)], "it is back once"
 
 
-def test_nothing_is_marked_of_requests_that_nobody_traces_or_that_have_ended() -> None:
+def test_nothing_is_marked_of_requests_that_are_unknown_or_have_ended() -> None:
     marks = RequestMarks()
     marks.follow("a")
     marks.forget("a")
     marks.forget("b")
 
-    assert not marks
     assert said(marks, make_plan(computing("a", num_computed=0, num_new=5))) == []
     marks.follow("c")
     assert said(marks, make_plan(computing("a", num_computed=0, num_new=5))) == []

@@ -22,6 +22,12 @@ def render(config: DeploymentConfig) -> dict[str, str]:
             its model is neither in the file nor in its engine directories.
     """
     _check_registration(config)
+    key = config.router.dashboard.key
+    if key is not None and key.secret_file is not None:
+        raise ConfigError(
+            f"router.dashboard.key.secret_file is {key.secret_file}, which is not rendered: set "
+            "key.secret_env, and that variable from a Secret in a patch of the router's Deployment"
+        )
     if config.router.tls is not None:
         raise ConfigError(
             "router.tls is set, which is not rendered: on Kubernetes an Ingress or Gateway before "

@@ -338,7 +338,10 @@ def test_files_that_are_named_are_mounted() -> None:
 
     def shown(model: type) -> set[str]:
         """Those of sections that are not refused."""
-        sections = ("RegistrationConfig.", "RegistryConfig.", "NodeRegistryConfig.", "TlsConfig.")
+        sections = (
+            "RegistrationConfig.", "RegistryConfig.", "NodeRegistryConfig.", "TlsConfig.",
+            "SecretConfig.",
+        )  # fmt: skip
         return {name for name in files_of(model) if not name.startswith(sections)}
 
     assert shown(RouterSettings) == {"RouterSettings.clients_file"}
