@@ -285,8 +285,9 @@ class NodeService:
 
     def _step_done(self, report: StepReport) -> None:
         self.metrics.step_done(report)
+        now_s = time.monotonic()
         for mark in report.marks:
-            ago_s = time.monotonic() - mark.began_s
+            ago_s = now_s - mark.began_s
             if (book := self.journal.book(mark.request_id)) is not None:
                 book.note(
                     mark.name,

@@ -126,7 +126,7 @@ class RouterMetrics:
     """All metrics of one router, in a registry of their own."""
 
     def __init__(self) -> None:
-        self._registry = registry = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         by_class = ("priority_class",)
         counter = partial(Counter, labelnames=by_class, registry=registry)
         histogram = partial(Histogram, labelnames=by_class, registry=registry)
@@ -189,7 +189,7 @@ class RouterMetrics:
             "First tokens of sequences sent to a node, by what the routing policy expected and by "
             "what came: in_time or late.",
             ("predicted", "actual"),
-            registry=self._registry,
+            registry=self.registry,
         )
         self.first_tokens_predicted = cache(self._first_tokens_predicted.labels)
         self._declare_endpoint_metrics()
@@ -205,19 +205,19 @@ class RouterMetrics:
             "proserve_router_upstream_errors_total",
             "Sequences that a node did not take or did not finish.",
             ("endpoint_id",),
-            registry=self._registry,
+            registry=self.registry,
         )
         self._endpoint_usable = Gauge(
             "proserve_router_endpoint_usable",
             "1 if the node may be sent requests now.",
             ("endpoint_id",),
-            registry=self._registry,
+            registry=self.registry,
         )
         self._endpoint_sequences = Gauge(
             "proserve_router_endpoint_sequences",
             "Sequences that this router has sent to the node and that have not ended.",
             ("endpoint_id",),
-            registry=self._registry,
+            registry=self.registry,
         )
         self._rendered_endpoints: set[str] = set()
         """Those that the last scrape was told of: nodes may come and go."""
@@ -225,23 +225,23 @@ class RouterMetrics:
         self.registered_nodes = Gauge(
             "proserve_router_registered_nodes",
             "Nodes that have registered themselves and whose lease lasts.",
-            registry=self._registry,
+            registry=self.registry,
         )
         self.registrations = Counter(
             "proserve_router_registrations_total",
             "Registered nodes that came and went: joined, left, or expired.",
             ("event",),
-            registry=self._registry,
+            registry=self.registry,
         ).labels
         self.registry_is_followed = Gauge(
             "proserve_router_registry_is_followed",
             "1 while etcd tells of nodes as they come and go; 0 without etcd as well.",
-            registry=self._registry,
+            registry=self.registry,
         )
 
     def _declare_client_metrics(self) -> None:
         """Declare what is counted by client; only names of the clients file become labels."""
-        counter = partial(Counter, labelnames=("client",), registry=self._registry)
+        counter = partial(Counter, labelnames=("client",), registry=self.registry)
         self.client_prompt_tokens = counter(
             "proserve_router_client_prompt_tokens_total", "Prompt tokens of accepted requests."
         )
@@ -260,35 +260,35 @@ class RouterMetrics:
             "proserve_router_client_requests_total",
             "Answered requests of each client, as proserve_router_requests_total.",
             ("client", "priority_class", "status"),
-            registry=self._registry,
+            registry=self.registry,
         )
         self._refusals = Counter(
             "proserve_router_refusals_total",
             "Requests refused with 401, 403 or 429; without a valid key, client is empty.",
             ("client", "code", "type"),
-            registry=self._registry,
+            registry=self.registry,
         )
         self._demotions = Counter(
             "proserve_router_demotions_total",
             "Requests without hope of earning anything that were served as a lesser class.",
             ("priority_class",),
-            registry=self._registry,
+            registry=self.registry,
         )
         self._waiting = Gauge(
             "proserve_router_waiting_sequences",
             "Sequences sent to a node that have no token yet.",
-            registry=self._registry,
+            registry=self.registry,
         )
         self._clients_reloads = Counter(
             "proserve_router_clients_file_reloads_total",
             "Changes of the clients file that were found, by whether they could be applied.",
             ("outcome",),
-            registry=self._registry,
+            registry=self.registry,
         )
         self.clients_file_is_stale = Gauge(
             "proserve_router_clients_file_is_stale",
             "1 while the clients file has mistakes and the one before is in force.",
-            registry=self._registry,
+            registry=self.registry,
         )
         self.client_requests = cache(self._client_requests.labels)
         self.refusals = cache(self._refusals.labels)
@@ -317,4 +317,4 @@ class RouterMetrics:
             self._endpoint_sequences.labels(endpoint_id).set(number)
         for endpoint_id, obstacle in obstacles.items():
             self._endpoint_usable.labels(endpoint_id).set(obstacle is None)
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)

@@ -7,12 +7,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Write what a cluster needs to run a deployment.", no_args_is_help=True)
-
-
-@app.callback()
-def _render() -> None:
-    """Keep `kubernetes` a command of its own, though it is the only one."""
+app = typer.Typer(
+    help="Write what other tools need to run and watch a deployment.", no_args_is_help=True
+)
 
 
 @app.command()
@@ -29,4 +26,24 @@ def kubernetes(
     for path in write(files, output_dir):
         print(f"removed {path}, which is not part of the deployment any more")
     for name in files:
+        print(f"wrote {output_dir / name}")
+
+
+@app.command()
+def monitoring(
+    output_dir: Annotated[Path, typer.Option(help="Where the files go.")] = Path("monitoring"),
+) -> None:
+    """Write a dashboard for Grafana and alert rules for Prometheus."""
+    import json
+
+    import yaml
+
+    from orchestrator.command_line.monitoring import alert_rules, grafana_dashboard
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for name, text in (
+        ("grafana-dashboard.json", json.dumps(grafana_dashboard(), indent=2) + "\n"),
+        ("alerts.yaml", yaml.safe_dump(alert_rules(), sort_keys=False, width=100)),
+    ):
+        (output_dir / name).write_text(text, encoding="utf-8")
         print(f"wrote {output_dir / name}")
