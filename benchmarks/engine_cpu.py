@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.shared.peer_environments import NotInstallable, install
+from benchmarks.shared.peer_environments import PEERS, NotInstallable, install
 from benchmarks.shared.reporting import BENCHMARKS, argument_parser, report
 from engines.torch_engine import TorchEngine, TorchEngineOptions
 from engines.torch_engine.precision import Dtype, resolve_dtype
@@ -201,11 +201,13 @@ def gguf_file() -> Path:
     return path
 
 
-def start_peers(num_threads: int) -> dict[str, PeerEngine]:
-    """Return the engines to compare with that can be had here."""
+def start_peers(num_threads: int, *, quick: bool) -> dict[str, PeerEngine]:
+    """Return the engines to compare with that can be had here; `quick` builds none."""
     peers: dict[str, PeerEngine] = {}
     threads = str(num_threads)
     try:
+        if quick and not (PEERS / "llama-cpp/.installed").exists():
+            raise NotInstallable("llama-cpp: it takes minutes to build; run without --quick")
         python = install("llama-cpp", [LLAMA_CPP]) / "python"
         script = BENCHMARKS / "peers/llama_cpp_engine.py"
         peers["llama.cpp"] = PeerEngine([str(python), str(script), str(gguf_file()), threads])
@@ -235,7 +237,7 @@ def main() -> None:
     torch.set_num_threads(options.num_threads)
     num_rounds = 1 if options.quick else 3
     dtype = resolve_dtype("auto", device="cpu", config=read_config(ENGINE_DIR))
-    peers = start_peers(options.num_threads)
+    peers = start_peers(options.num_threads, quick=options.quick)
     engines: dict[str, Measure] = {f"ours {dtype}": OurEngine(dtype).measure}
     if dtype != "float32" and not options.quick:
         engines["ours float32"] = OurEngine("float32").measure

@@ -43,6 +43,54 @@ def _is_healthy(process: subprocess.Popen[bytes]) -> bool:
         return False
 
 
+PAGES = ("quickstart.md", *sorted(f"how-to/{p.name}" for p in (ROOT / "docs/how-to").glob("*.md")))
+
+
+def commands_of(page: str) -> list[str]:
+    """The commands of a page, but for those that are marked as needing more than this machine."""
+    text = (ROOT / "docs" / page).read_text()
+    blocks = re.findall(r"^( *)```console( gpu)?\n(.*?)^\1```", text, re.MULTILINE | re.DOTALL)
+    return [
+        line.strip().removeprefix("$ ")
+        for _, mark, block in blocks
+        if not mark
+        for line in block.splitlines()
+        if line.strip().startswith("$ ")
+    ]
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Iterator[Path]:
+    """A folder that looks like a clone; what commands write stays in it."""
+    for entry in ROOT.iterdir():
+        if entry.name != ".git":
+            (tmp_path / entry.name).symlink_to(entry)
+    yield tmp_path
+    subprocess.run([".venv/bin/proserve", "down"], cwd=tmp_path, check=False, capture_output=True)
+
+
+# Before those that need `served`, which listens on the same port until the last test here.
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)])
+def test_the_commands_of_a_page_work_one_after_the_other(page: str, clone: Path) -> None:
+    said = {}
+    for command in commands_of(page):
+        result = subprocess.run(
+            ["bash", "-c", command], cwd=clone, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+        said[command] = result.stdout
+    for start, expected in (
+        ("curl --no-progress-meter -N", "data: [DONE]"),
+        (".venv/bin/proserve top", "node-1"),
+        ("ID=", "first token"),
+        (".venv/bin/proserve bench", "report: bench.html"),
+    ):
+        for command, output in said.items():
+            if command.startswith(start):
+                assert expected in output, command
+
+
 def test_the_two_commands_come_first() -> None:
     assert COMMANDS[:2] == ["make serve", "make test"]
 
@@ -85,50 +133,3 @@ def test_the_python_example_prints_an_answer() -> None:
 
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.split()) > 3
-
-
-PAGES = ("quickstart.md", *sorted(f"how-to/{p.name}" for p in (ROOT / "docs/how-to").glob("*.md")))
-
-
-def commands_of(page: str) -> list[str]:
-    """The commands of a page, but for those that are marked as needing more than this machine."""
-    text = (ROOT / "docs" / page).read_text()
-    blocks = re.findall(r"^( *)```console( gpu)?\n(.*?)^\1```", text, re.MULTILINE | re.DOTALL)
-    return [
-        line.strip().removeprefix("$ ")
-        for _, mark, block in blocks
-        if not mark
-        for line in block.splitlines()
-        if line.strip().startswith("$ ")
-    ]
-
-
-@pytest.fixture
-def clone(tmp_path: Path) -> Iterator[Path]:
-    """A folder that looks like a clone; what commands write stays in it."""
-    for entry in ROOT.iterdir():
-        if entry.name != ".git":
-            (tmp_path / entry.name).symlink_to(entry)
-    yield tmp_path
-    subprocess.run([".venv/bin/proserve", "down"], cwd=tmp_path, check=False, capture_output=True)
-
-
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)])
-def test_the_commands_of_a_page_work_one_after_the_other(page: str, clone: Path) -> None:
-    said = {}
-    for command in commands_of(page):
-        result = subprocess.run(
-            ["bash", "-c", command], cwd=clone, capture_output=True, text=True, check=False
-        )
-        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
-        said[command] = result.stdout
-    for start, expected in (
-        ("curl --no-progress-meter -N", "data: [DONE]"),
-        (".venv/bin/proserve top", "node-1"),
-        ("ID=", "first token"),
-        (".venv/bin/proserve bench", "report: bench.html"),
-    ):
-        for command, output in said.items():
-            if command.startswith(start):
-                assert expected in output, command
