@@ -184,6 +184,15 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
+def _cache_folder() -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "proserve"
+    except RuntimeError as error:  # nobody's home
+        raise EngineError(
+            f"the CPU kernels have no place to be kept: {error}; set XDG_CACHE_HOME to a folder"
+        ) from error
+
+
 def _compiled_file() -> Path:
     """Return the library's file, and compile it if there is none."""
     compiler = _compiler()
@@ -193,7 +202,7 @@ def _compiled_file() -> Path:
     digest = hashlib.sha256(repr((_FLAGS, version.stdout, sorted(_cpu_flags()))).encode())
     for source in sources:
         digest.update(source.read_bytes())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "proserve"
+    folder = _cache_folder()
     target = folder / f"cpu-kernels-{digest.hexdigest()[:16]}.so"
     if target.exists():
         return target

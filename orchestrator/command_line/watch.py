@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "PROSERVE_DASHBOARD_KEY"
 _TIMEOUT_S = 10.0
 _MAX_REQUESTS = 12
+_SHOWN_ID = 17
+"""Characters of a request's id, enough for `proserve trace`."""
 
 Url = Annotated[str, typer.Option(help="Address of the router.")]
 KeyFile = Annotated[
@@ -58,7 +61,9 @@ def add_watch_commands(app: typer.Typer, console: Console) -> None:
 
     @app.command()
     def trace(
-        request_id: Annotated[str, typer.Argument(help="Of an answer, or its X-Request-Id.")],
+        request_id: Annotated[
+            str, typer.Argument(help="Of an answer, or how it begins; or its X-Request-Id.")
+        ],
         url: Url = "http://127.0.0.1:8000",
         key_file: KeyFile = None,
     ) -> None:
@@ -169,9 +174,9 @@ def _classes(picture: Picture) -> Table:
 
 def _nodes(nodes: Iterable[NodeFigures]) -> Table:
     table = _table(
-        "nodes",
-        "node", "state", "running", "waiting", "urgent", "normal", "KV in use", "preempted",
-        "tokens/s", "step ms", "predicted",
+        "nodes; steps measured and predicted in ms",
+        "node", "state", "run", "wait", "urgent", "normal", "KV", "preempted",
+        "tokens/s", "step", "pred.",
     )  # fmt: skip
     for each in nodes:
         table.add_row(
@@ -193,16 +198,15 @@ def _nodes(nodes: Iterable[NodeFigures]) -> Table:
 def _requests(picture: Picture) -> Table:
     table = _table(
         "latest requests",
-        "request", "class", "state", "node", "tried", "prompt", "tokens", "age s", "TTFT ms",
+        "request", "class", "state", "node", "tried", "tokens", "age s", "TTFT ms",
     )  # fmt: skip
     for each in picture.requests[:_MAX_REQUESTS]:
         table.add_row(
-            each.completion_id,
+            each.completion_id[:_SHOWN_ID],
             each.priority_class,
             escape(each.state),
             each.node or "-",
             _number(each.num_nodes),
-            _number(each.num_prompt_tokens),
             _number(each.num_completion_tokens),
             _number(each.age_s, 1),
             _number(each.ttft_ms),
@@ -211,7 +215,15 @@ def _requests(picture: Picture) -> Table:
 
 
 def _table(title: str, first: str, *others: str) -> Table:
-    table = Table(title=title, title_justify="left", expand=False)
+    # Narrow enough for 80 columns.
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=0,
+        collapse_padding=True,
+    )
     table.add_column(first, no_wrap=True)
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)

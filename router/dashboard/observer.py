@@ -33,6 +33,9 @@ MAX_REQUESTS = 200
 
 MAX_ROWS = 40
 
+MIN_PREFIX = 12
+"""Characters that stand for a whole id: `cmpl-` and 7 random ones."""
+
 
 class Fleet(Protocol):
     """The nodes of a router."""
@@ -57,11 +60,15 @@ class RecentRequests:
         self._records.append(record)
 
     def find(self, request_id: str) -> RequestRecord | None:
-        """Return the newest request with this id: the one of its answer, or of its HTTP header."""
+        """Return the newest request with this id: that of its answer, or how that begins, or that
+        of its HTTP header."""
         for record in reversed(self._records):
             if request_id in (record.completion_id, record.request_id):
                 return record
-        return None
+        if len(request_id) < MIN_PREFIX:
+            return None
+        starting = (r for r in reversed(self._records) if _id_of(r).startswith(request_id))
+        return next(starting, None)
 
     def rows(self, now_s: float) -> list[RequestRow]:
         """Return the newest ones, the newest first."""
@@ -180,6 +187,10 @@ class Observer:
         return endpoint_id, msgspec.json.decode(answer.content, type=Story)
 
 
+def _id_of(record: RequestRecord) -> str:
+    return record.completion_id or ""
+
+
 def _row(record: RequestRecord, now_s: float) -> RequestRow:
     sent = record.book.last("sent")
     state = "waiting" if record.ttft_s is None else "decoding"
@@ -189,7 +200,7 @@ def _row(record: RequestRecord, now_s: float) -> RequestRow:
         if record.has_client_left:
             state = "left"
     return RequestRow(
-        completion_id=record.completion_id or "",
+        completion_id=_id_of(record),
         client=record.client.name or None if record.client else None,
         priority_class=record.priority_class,
         state=state,

@@ -225,3 +225,23 @@ def test_the_real_model_says_the_same_after_preemption_and_in_company(smollm2_di
 
     assert driver.run(chunk_tokens=20) == alone
     engine.close()
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_kernels_that_cannot_be_compiled_or_kept_say_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler that fails, and then a cache folder that is a file."""
+    compiler = tmp_path / "broken-compiler"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho no luck >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu_library.load_library.cache_clear()
+    with pytest.raises(EngineError, match="cannot compile the CPU kernels: no luck"):
+        cpu_library.load_library()
+
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(EngineError, match=r"cannot be kept in .*; set XDG_CACHE_HOME"):
+        cpu_library.load_library()
