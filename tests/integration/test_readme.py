@@ -82,7 +82,7 @@ def test_the_commands_of_a_page_work_one_after_the_other(page: str, clone: Path)
         said[command] = result.stdout
     for start, expected in (
         ("curl --no-progress-meter -N", "data: [DONE]"),
-        (".venv/bin/proserve top", "node-1"),
+        (".venv/bin/proserve top", "node-0"),
         ("ID=", "first token"),
         (".venv/bin/proserve bench", "report: bench.html"),
     ):
