@@ -139,11 +139,7 @@ class NodeService:
         if self.tracing is not None:
             attributes = _span_attributes(body, self.endpoint_id, ready.model)
             span = self.tracing.begin("generate", traceparents, attributes)
-        events = self._counted(
-            self.executor.generate(spec, arrival_s, body.resume_from),
-            priority_class=spec.priority_class,
-        )
-        events = self._told(events, body)
+        events = self._counted(self.executor.generate(spec, arrival_s, body.resume_from), body)
         return events if span is None else self._traced(events, body.request_id, span)
 
     def snapshot(self) -> NodeSnapshot:
@@ -218,16 +214,29 @@ class NodeService:
             registrar.start()
 
     async def _counted(
-        self, generated: AsyncGenerator[RequestEvent], *, priority_class: str
+        self, generated: AsyncGenerator[RequestEvent], body: GenerateRequest
     ) -> AsyncGenerator[RequestEvent]:
-        reason = FinishReason.ABORT  # if the client leaves before the end
+        """Count the request, and note in the journal when it comes, begins to answer and ends."""
+        book = self.journal.begin(body.request_id)
+        num_delivered = len(body.resume_from.output_token_ids) if body.resume_from else None
+        book.note(
+            "received",
+            instance_id=self.instance_id,
+            num_prompt_tokens=len(body.prompt_token_ids),
+            num_delivered_tokens=num_delivered,
+        )
+        num_tokens, reason = 0, FinishReason.ABORT  # if the client leaves before the end
         try:
             async with contextlib.aclosing(generated) as events:
                 async for event in events:
+                    if event.new_token_ids and not num_tokens:
+                        book.note("first_token")
+                    num_tokens += len(event.new_token_ids)
                     reason = event.finish_reason or reason
                     yield event
         finally:
-            self.metrics.request_ended(reason, priority_class=priority_class)
+            book.note("finished", reason=reason.value, num_tokens=num_tokens)
+            self.metrics.request_ended(reason, priority_class=body.priority_class)
 
     async def _traced(
         self, generated: AsyncGenerator[RequestEvent], request_id: str, span: Span
@@ -258,30 +267,6 @@ class NodeService:
                 }
             )
             span.end(failure)
-
-    async def _told(
-        self, generated: AsyncGenerator[RequestEvent], body: GenerateRequest
-    ) -> AsyncGenerator[RequestEvent]:
-        """Note in the journal when a request comes, begins to answer and ends."""
-        book = self.journal.begin(body.request_id)
-        num_delivered = len(body.resume_from.output_token_ids) if body.resume_from else None
-        book.note(
-            "received",
-            instance_id=self.instance_id,
-            num_prompt_tokens=len(body.prompt_token_ids),
-            num_delivered_tokens=num_delivered,
-        )
-        num_tokens, reason = 0, FinishReason.ABORT
-        try:
-            async with contextlib.aclosing(generated) as events:
-                async for event in events:
-                    if event.new_token_ids and not num_tokens:
-                        book.note("first_token")
-                    num_tokens += len(event.new_token_ids)
-                    reason = event.finish_reason or reason
-                    yield event
-        finally:
-            book.note("finished", reason=reason.value, num_tokens=num_tokens)
 
     def _step_done(self, report: StepReport) -> None:
         self.metrics.step_done(report)

@@ -171,15 +171,15 @@ class RequestRecord:
         if self.span is not None:
             self._end_span(self.span, route, status)
         self.duration_s = duration_s = now_s - self.arrival_s
-        self.book.note(
-            "ended",
-            status=status,
-            num_completion_tokens=self.num_completion_tokens,
-            finish_reasons=", ".join(self.finish_reasons) or None,
-            error=self.error,
-            has_client_left=self.has_client_left or None,
-        )
         if self.completion_id is not None:
+            self.book.note(
+                "ended",
+                status=status,
+                num_completion_tokens=self.num_completion_tokens,
+                finish_reasons=", ".join(self.finish_reasons) or None,
+                error=self.error,
+                has_client_left=self.has_client_left or None,
+            )
             self._class_metrics.in_progress.dec()
             self._class_metrics.duration.observe(duration_s)
         is_of_interest = self.error is not None or self.has_client_left or self.replay_of

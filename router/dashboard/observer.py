@@ -101,7 +101,7 @@ class Observer:
         # One place: whoever reads too slowly misses pictures, and sees the newest.
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(1)
         self._watchers.add(queue)
-        if self._task is None:
+        if self._task is None or self._task.done():
             self._observations.clear()
             self._task = asyncio.create_task(self._observe())
         try:
@@ -156,10 +156,13 @@ class Observer:
         )
 
     async def _observe(self) -> None:
-        while True:
-            line = msgspec.json.encode(await self.picture())
-            self._tell(line)
-            await asyncio.sleep(INTERVAL_S)
+        try:
+            while True:
+                self._tell(msgspec.json.encode(await self.picture()))
+                await asyncio.sleep(INTERVAL_S)
+        finally:
+            # Whatever went wrong: nobody waits for a picture that will not come.
+            self.end_all()
 
     def _tell(self, line: bytes | None) -> None:
         for queue in self._watchers:
@@ -170,9 +173,9 @@ class Observer:
     async def _node_metrics(self, url: str) -> Samples | None:
         try:
             answer = await self._client.get(f"{url}/metrics")
-        except httpx.HTTPError:
+            return Samples(answer.text) if answer.status_code == httpx.codes.OK else None
+        except (httpx.HTTPError, ValueError):  # no answer, or none that is Prometheus text
             return None
-        return Samples(answer.text) if answer.status_code == httpx.codes.OK else None
 
     async def _node_story(self, endpoint_id: str, sequence_id: str) -> tuple[str, Story] | None:
         url = self._fleet.urls().get(endpoint_id)
@@ -184,7 +187,10 @@ class Observer:
             return None
         if answer.status_code != httpx.codes.OK:
             return None
-        return endpoint_id, msgspec.json.decode(answer.content, type=Story)
+        try:
+            return endpoint_id, msgspec.json.decode(answer.content, type=Story)
+        except msgspec.DecodeError:
+            return None
 
 
 def _id_of(record: RequestRecord) -> str:

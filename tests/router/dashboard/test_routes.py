@@ -111,3 +111,26 @@ async def test_the_page_loads_nothing_from_elsewhere(requests: RecentRequests) -
     assert "https://" not in page.text
     assert page.headers["content-security-policy"].startswith("default-src 'self'")
     assert script.headers["content-type"] == "text/javascript; charset=utf-8"
+
+
+class OneNode(NoNodes):
+    def urls(self) -> dict[str, str]:
+        return {"n": "http://127.0.0.1:9"}
+
+
+async def test_who_watches_is_told_when_the_figures_end_and_may_ask_again() -> None:
+    """The router's own figures cannot be read, once: nobody waits for a picture for ever."""
+    texts = ["this is no metric", ""]
+
+    async def own_metrics() -> str:
+        return texts.pop(0)
+
+    observer = Observer(
+        OneNode(), RecentRequests(), own_metrics=own_metrics, class_weights={}, now_s=lambda: 0.0
+    )
+
+    assert [picture async for picture in observer.pictures()] == []
+    again = observer.pictures()
+    assert b'"nodes":[]' in await anext(again)
+    await again.aclose()
+    await observer.close()
