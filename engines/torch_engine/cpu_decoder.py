@@ -32,7 +32,12 @@ from engines.torch_engine.cpu_library import (
 from engines.torch_engine.cpu_sampling import draw_on_cpu
 from engines.torch_engine.cpu_weights import GROUP_INPUTS, PANEL_OUTPUTS, quantize
 from engines.torch_engine.model import rope_tables
-from engines.torch_engine.packed_step import HostBlockTables, PackedStep, pack_step
+from engines.torch_engine.packed_step import (
+    HostBlockTables,
+    PackedStep,
+    pack_step,
+    sampled_of,
+)
 from engines.torch_engine.precision import int8_obstacle
 from engines.torch_engine.weights import DecoderWeights
 from orchestrator.core.errors import EngineError
@@ -88,19 +93,14 @@ class CpuDecoder:
         """
         decodes = [part for part in parts if part.num_new_tokens == 1]
         pieces = [part for part in parts if part.num_new_tokens > 1]
-        sampled, rows, end = [], [], 0
-        for part in (*decodes, *pieces):
-            end += part.num_new_tokens
-            if part.is_sampled:
-                sampled.append(part)
-                rows.append(end - 1)
+        sampled, rows = sampled_of([*decodes, *pieces])
         packed = pack_step(
             decodes, pieces, self._tables, sampled_rows=rows, tile_queries=_TILE_TOKENS
         )
         arrays = _with_decodes_as_tiles(packed)
         step = Step(
             **{name: array.ctypes.data for name, array in arrays.items()},
-            num_rows=end,
+            num_rows=len(packed.token_ids),
             num_tiles=len(arrays["tile_rows"]),
             num_sampled=len(rows),
         )

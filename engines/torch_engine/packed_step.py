@@ -158,6 +158,19 @@ def pack_step(
     )
 
 
+def sampled_of(
+    ordered: Sequence[ScheduledRequest],
+) -> tuple[list[ScheduledRequest], list[int]]:
+    """Return the parts of a step that are sampled, and the row of the last token of each."""
+    sampled, rows, end = [], [], 0
+    for part in ordered:
+        end += part.num_new_tokens
+        if part.is_sampled:
+            sampled.append(part)
+            rows.append(end - 1)
+    return sampled, rows
+
+
 def _tiles(
     counts: NDArray[np.int64],
     firsts: NDArray[np.int64],

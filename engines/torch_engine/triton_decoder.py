@@ -24,6 +24,7 @@ from engines.torch_engine.packed_step import (
     decode_buckets,
     pack_decodes,
     pack_step,
+    sampled_of,
 )
 from engines.torch_engine.triton_attention import (
     BlockTables,
@@ -114,12 +115,7 @@ class TritonDecoder:
             self._upload.upload(pack_decodes(parts, self._tables, bucket=bucket))
             return StepLogits(parts, self._decodes[bucket]()[: len(parts)])
         decodes = [part for part in parts if part.num_new_tokens == 1]
-        sampled, rows, end = [], [], 0
-        for part in (*decodes, *pieces):
-            end += part.num_new_tokens
-            if part.is_sampled:
-                sampled.append(part)
-                rows.append(end - 1)
+        sampled, rows = sampled_of([*decodes, *pieces])
         longest = max((piece.num_new_tokens for piece in pieces), default=1)
         max_queries = tile_queries(longest, self._weights.embedding.dtype)
         step = pack_step(decodes, pieces, self._tables, sampled_rows=rows, tile_queries=max_queries)

@@ -20,16 +20,15 @@ from engines.torch_engine.cpu_weights import quantize
 from engines.torch_engine.engine import Decoder, PlainDecoder
 from engines.torch_engine.model import LlamaDecoder
 from engines.torch_engine.precision import resolve_dtype
-from engines.torch_engine.weights import DecoderWeights, fuse_weights, read_config, read_tensors
+from engines.torch_engine.weights import DecoderWeights, fuse_weights
 from orchestrator.core.errors import EngineError
 from orchestrator.core.ports import ScheduledRequest
-from tests.engines.perplexity import perplexity
+from tests.engines.perplexity import TEXT, perplexities
 from tests.engines.step_driver import StepDriver, random_requests
 from tests.engines.tiny_llama import int8_config, tiny_config, tiny_engine, tiny_tensors
 from tests.factories import make_request
 
 CPU = torch.device("cpu")
-TEXT = Path(__file__).parent / "texts" / "perplexity.txt"
 LIMITS = {"max_num_seqs": 32, "max_num_batched_tokens": 256, "max_model_len": 256}
 
 
@@ -170,23 +169,7 @@ def test_without_a_compiler_the_obstacle_names_the_way_out(monkeypatch: pytest.M
 @pytest.mark.timeout(300)
 def test_no_format_loses_a_hundredth_of_the_perplexity(smollm2_dir: Path) -> None:
     """On a text of stories, explanations and code."""
-    config, tensors = read_config(smollm2_dir), read_tensors(smollm2_dir)
-    tokenizer = Tokenizer.from_file(str(smollm2_dir / "tokenizer.json"))
-    token_ids = tokenizer.encode(TEXT.read_text()).ids
-    limits = {name: len(token_ids) for name in LIMITS}
-
-    def decoder(dtype: str) -> Decoder:
-        number = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-        weights = fuse_weights(config, tensors, dtype=number, device=CPU)
-        if dtype == "int8":
-            return CpuDecoder(config, weights, make_pool(config, torch.bfloat16, 16), **limits)
-        plain = LlamaDecoder(config, weights, max_model_len=len(token_ids))
-        return PlainDecoder(plain, make_pool(config, number, 16))
-
-    found = {
-        dtype: perplexity(decoder(dtype), token_ids, 16)
-        for dtype in ("float32", "bfloat16", "int8")
-    }
+    found = perplexities(smollm2_dir)
 
     assert 3 < found["float32"] < 40
     assert found["bfloat16"] < 1.01 * found["float32"]

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
 from engines.torch_engine.cpu_sampling import draw_on_cpu
-from orchestrator.core.request import Request, SamplingParams
+from orchestrator.core.request import Request
 from orchestrator.sampling import InvalidLogits, Sampler
-from tests.factories import make_request
+from tests.mixed_sampling import mixed_requests
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
-
-
-def make_requests() -> list[Request]:
-    """Every mixture of truncations, greedy and drawn rows side by side."""
-    choices = itertools.product((0.0, 0.7, 2.0), (0, 1, 5, 10_000), (1.0, 0.9, 0.3), (0.0, 0.1))
-    return [
-        make_request(
-            str(index),
-            sampling=SamplingParams(
-                max_tokens=1, seed=index, temperature=t, top_k=k, top_p=p, min_p=m
-            ),
-        )
-        for index, (t, k, p, m) in enumerate(choices)
-    ]
 
 
 def token_ids(sampler: Sampler, logits: torch.Tensor, requests: list[Request]) -> list[int]:
@@ -37,7 +21,7 @@ def token_ids(sampler: Sampler, logits: torch.Tensor, requests: list[Request]) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernels_draw_what_the_plain_sampler_draws(vocab_size: int, dtype: torch.dtype) -> None:
     """Numbers rounded to bfloat16 have many equals, which top-k and top-p keep or drop together."""
-    requests = make_requests()
+    requests = mixed_requests()
     generator = torch.Generator().manual_seed(vocab_size)
     logits = (3 * torch.randn(len(requests), vocab_size, generator=generator)).to(dtype).float()
 
@@ -51,7 +35,7 @@ def test_a_greedy_row_takes_the_first_of_its_largest_scores() -> None:
     scores = torch.zeros(2, 100)
     scores[0, [70, 71, 99]] = 5.0
     scores[1, 99] = 1.0
-    requests = make_requests()[:2]
+    requests = mixed_requests()[:2]
     largest = torch.stack([run.amax(dim=1) for run in scores.split(32, dim=1)], dim=1).contiguous()
     known = Sampler(100, draw_on_cpu=lambda s, p: draw_on_cpu(s, p, largest=largest))
 
@@ -63,7 +47,7 @@ def test_a_greedy_row_takes_the_first_of_its_largest_scores() -> None:
 @pytest.mark.parametrize("has_largest", [False, True])
 def test_rows_that_are_no_numbers_are_named(bad: float, *, has_largest: bool) -> None:
     """Of a row of nothing but -inf no token can be drawn either."""
-    requests = make_requests()
+    requests = mixed_requests()
     scores = torch.randn(len(requests), 300)
     scores[5, :] = bad if bad == float("-inf") else scores[5]
     scores[5, 7] = bad
