@@ -24,14 +24,23 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import httpx
 
 from benchmarks.engine_cpu import gguf_file
-from benchmarks.live_mix import ENGINE_DIR, LiveRequest, make_requests, scores, serving
+from benchmarks.live_mix import (
+    ENGINE_DIR,
+    LiveRequest,
+    is_healthy,
+    make_requests,
+    scores,
+    send_all,
+    serving,
+)
 from benchmarks.shared.peer_environments import PEERS
 from benchmarks.shared.reporting import argument_parser, report
 from orchestrator.core.gain import GainTable, Outcome, RequestRecord
@@ -99,7 +108,7 @@ def running(server: Server, directory: Path) -> Iterator[str]:
         )
     try:
         deadline_s = time.monotonic() + START_TIMEOUT_S
-        while not _is_healthy(url):
+        while not is_healthy(url):
             if process.poll() is not None or time.monotonic() > deadline_s:
                 sys.exit(log.read_text()[-4_000:])
             time.sleep(0.2)
@@ -113,31 +122,8 @@ def running(server: Server, directory: Path) -> Iterator[str]:
             process.wait()
 
 
-def _is_healthy(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health").status_code == httpx.codes.OK
-    except httpx.TransportError:
-        return False
-
-
-async def send_all(
-    url: str, server: Server, requests: Sequence[LiveRequest], *, requests_per_s: float
-) -> list[RequestRecord]:
-    """Send each request at its time and return what was seen of it."""
-    started_s = time.monotonic()
-    timeout = aiohttp.ClientTimeout(total=None)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as session:
-
-        async def send(index: int, request: LiveRequest) -> RequestRecord:
-            await asyncio.sleep(request.at_s / requests_per_s + started_s - time.monotonic())
-            return await _send(session, server, index, request)
-
-        return await asyncio.gather(*(send(i, r) for i, r in enumerate(requests)))
-
-
 async def _send(
-    session: aiohttp.ClientSession, server: Server, index: int, request: LiveRequest
+    server: Server, session: aiohttp.ClientSession, index: int, request: LiveRequest
 ) -> RequestRecord:
     arrival_s = time.monotonic()
     draw = random.Random(index)
@@ -157,7 +143,7 @@ async def _send(
     num_told: int | None = None
     async with session.post("/v1/completions", json=body) as answer:
         async for line in answer.content:
-            if not line.startswith(b"data: {") or answer.status != httpx.codes.OK:
+            if not line.startswith(b"data: {") or answer.status != HTTPStatus.OK:
                 continue
             event = json.loads(line.removeprefix(b"data: "))
             now_s = time.monotonic()
@@ -186,6 +172,12 @@ async def _send(
     )
 
 
+async def _send_all(
+    url: str, server: Server, requests: Sequence[LiveRequest], *, requests_per_s: float
+) -> list[RequestRecord]:
+    return await send_all(url, requests, requests_per_s=requests_per_s, send=partial(_send, server))
+
+
 def _has_token(choice: Mapping[str, Any]) -> bool:
     return choice.get("finish_reason") is None or bool(choice.get("text"))
 
@@ -193,9 +185,9 @@ def _has_token(choice: Mapping[str, Any]) -> bool:
 def sustained(server: Server, requests: Sequence[LiveRequest], directory: Path) -> float:
     """Return the rate at which a server gets through these requests when it always has work."""
     with running(server, directory) as url:
-        asyncio.run(send_all(url, server, requests[:4], requests_per_s=1e6))  # to warm up
+        asyncio.run(_send_all(url, server, requests[:4], requests_per_s=1e6))  # to warm up
         started_s = time.monotonic()
-        asyncio.run(send_all(url, server, requests, requests_per_s=1e6))
+        asyncio.run(_send_all(url, server, requests, requests_per_s=1e6))
         return len(requests) / (time.monotonic() - started_s)
 
 
@@ -217,9 +209,9 @@ def main() -> None:
             results[f"at_the_knee_of_{knee}"] = figures = {}
             for server in found:
                 with running(server, directory) as url:
-                    warm_up = send_all(url, server, requests[:4], requests_per_s=1e6)
+                    warm_up = _send_all(url, server, requests[:4], requests_per_s=1e6)
                     asyncio.run(warm_up)
-                    records = asyncio.run(send_all(url, server, requests, requests_per_s=rate))
+                    records = asyncio.run(_send_all(url, server, requests, requests_per_s=rate))
                 figures[server.name] = scores(GainTable(records))
                 print(f"{rate:.2f} requests/s", server.name, figures[server.name], file=sys.stderr)
     report(

@@ -15,7 +15,7 @@ import asyncio
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.shared.reporting import BENCHMARKS, argument_parser, report
@@ -28,9 +28,9 @@ from orchestrator.wire import StepReport
 ENGINE_DIR = BENCHMARKS.parent / "built_engines/smollm2-135m"
 BATCH_SIZE = 32
 SAMPLING = {
-    "greedy": {"temperature": 0.0},
-    "temperature": {"temperature": 0.8},
-    "temperature_and_top_p": {"temperature": 0.8, "top_p": 0.95},
+    "greedy": SamplingParams(max_tokens=1, seed=0, temperature=0.0),
+    "temperature": SamplingParams(max_tokens=1, seed=0, temperature=0.8),
+    "temperature_and_top_p": SamplingParams(max_tokens=1, seed=0, temperature=0.8, top_p=0.95),
 }
 
 
@@ -59,19 +59,19 @@ class Steps:
             self.steps.append(Step(found, interval_s))
 
 
-def request(index: int, num_tokens: int, sampling: dict[str, float]) -> RequestSpec:
+def request(index: int, num_tokens: int, sampling: SamplingParams) -> RequestSpec:
     """Return a request that decodes with all others."""
     return RequestSpec(
         request_id=f"request-{index}",
         prompt_token_ids=tuple((index * 37 + place * 11) % 40_000 + 100 for place in range(64)),
-        sampling=SamplingParams(max_tokens=num_tokens, seed=index, **sampling),  # type: ignore[arg-type]
+        sampling=replace(sampling, max_tokens=num_tokens, seed=index),
         priority_class="normal",
         weight=1.0,
         slo=Slo(ttft_s=60.0, tpot_s=60.0),
     )
 
 
-async def run(sampling: dict[str, float], num_tokens: int, scheduler: str) -> list[Step]:
+async def run(sampling: SamplingParams, num_tokens: int, scheduler: str) -> list[Step]:
     """Return the steps at full batch of 32 requests."""
     steps = Steps()
     config = NodeConfig.model_validate(

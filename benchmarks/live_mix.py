@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,7 @@ def serving(
             cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(ROOT)},
         )  # fmt: skip
     try:
-        while not _is_healthy(url):
+        while not is_healthy(url):
             if process.poll() is not None:
                 sys.exit((directory / f"{scheduler}.log").read_text())
             time.sleep(0.1)
@@ -180,26 +180,36 @@ def serving(
         process.wait()
 
 
-def _is_healthy(url: str) -> bool:
+def is_healthy(url: str) -> bool:
+    """Return whether a server says that it can serve."""
     try:
         return httpx.get(f"{url}/health").status_code == httpx.codes.OK
     except httpx.TransportError:
         return False
 
 
+Send = Callable[[aiohttp.ClientSession, int, LiveRequest], Awaitable[RequestRecord]]
+"""Sends the request with this index and returns what was seen of it."""
+
+
 async def send_all(
-    url: str, requests: Sequence[LiveRequest], *, requests_per_s: float
+    url: str,
+    requests: Sequence[LiveRequest],
+    *,
+    requests_per_s: float,
+    send: Send | None = None,
 ) -> list[RequestRecord]:
-    """Send each request at its time and return what was seen of it."""
+    """Send each request at its time, by `send` if it is given; return what was seen of it."""
     started_s = time.monotonic()
     timeout = aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(url, timeout=timeout) as session:
+    connector = aiohttp.TCPConnector(limit=0)  # or the 101st would wait here, not at the server
+    async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as session:
 
-        async def send(index: int, request: LiveRequest) -> RequestRecord:
+        async def send_one(index: int, request: LiveRequest) -> RequestRecord:
             await asyncio.sleep(request.at_s / requests_per_s + started_s - time.monotonic())
-            return await _send(session, index, request)
+            return await (send or _send)(session, index, request)
 
-        return await asyncio.gather(*(send(i, r) for i, r in enumerate(requests)))
+        return await asyncio.gather(*(send_one(i, r) for i, r in enumerate(requests)))
 
 
 async def _send(session: aiohttp.ClientSession, index: int, request: LiveRequest) -> RequestRecord:

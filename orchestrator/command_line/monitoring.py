@@ -14,6 +14,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from orchestrator.command_line.declared_metrics import declared_metrics
+
 _NAME = re.compile(r"\b(proserve_\w+)(?:\{([^}]*)\})?")
 _LABEL = re.compile(r"(\w+)\s*[=!]~?")
 _GROUPED = re.compile(r"\bby \(([^)]*)\)")
@@ -426,13 +428,9 @@ def _panel(index: int, panel: Panel) -> dict[str, Any]:
 
 def _declared(registries: Sequence[CollectorRegistry]) -> dict[str, set[str]]:
     """Return the labels of every sample that these registries can have, by its name."""
-    found: dict[str, set[str]] = {}
-    for registry in registries:
-        # The library offers no other way to a metric's labels before it has any sample.
-        for collector in set(registry._collector_to_names):  # noqa: SLF001
-            # Our own histogram of tokens is by class.
-            labels = set(getattr(collector, "_labelnames", ("priority_class",)))
-            for family in collector.collect():
-                for suffix in _SUFFIXES.get(family.type, ("",)):
-                    found[family.name + suffix] = labels
-    return found
+    return {
+        metric.name + suffix: set(metric.labels)
+        for registry in registries
+        for metric in declared_metrics(registry)
+        for suffix in _SUFFIXES[metric.kind]
+    }

@@ -12,6 +12,7 @@ from typing import Any
 import typer
 from prometheus_client import CollectorRegistry
 
+from orchestrator.command_line.declared_metrics import declared_metrics
 from orchestrator.command_line.main import app
 from orchestrator.metrics import NodeMetrics
 from router.metrics import RouterMetrics
@@ -65,18 +66,11 @@ def _commands(command: Any, path: str) -> Iterator[str]:
 
 
 def _metrics(registry: CollectorRegistry) -> Iterator[str]:
-    # The library offers no other way to a metric's labels before it has any sample.
-    collectors = set(registry._collector_to_names)  # noqa: SLF001
-    families = [
-        (family, getattr(collector, "_labelnames", ("priority_class",)))
-        for collector in collectors
-        for family in collector.collect()
-    ]
-    for family, labels in sorted(families, key=lambda pair: pair[0].name):
-        suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
-        shown = ", ".join(f"`{label}`" for label in labels)
-        meaning = _cell(family.documentation)
-        yield f"| `{family.name}{suffix}` | {family.type} | {shown} | {meaning} |"
+    for metric in sorted(declared_metrics(registry), key=lambda each: each.name):
+        suffix = {"counter": "_total", "info": "_info"}.get(metric.kind, "")
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        meaning = _cell(metric.documentation)
+        yield f"| `{metric.name}{suffix}` | {metric.kind} | {labels} | {meaning} |"
 
 
 def _cell(text: str) -> str:

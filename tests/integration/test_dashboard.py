@@ -11,13 +11,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, sync_playwright
 
-playwright = pytest.importorskip("playwright.sync_api")
-
-from axe_playwright_python.sync_playwright import Axe  # noqa: E402
-from playwright.sync_api import Browser, Page, sync_playwright  # noqa: E402
-
-from tests.integration.deployments import (  # noqa: E402
+from tests.integration.deployments import (
     Deployment,
     running,
     until,
