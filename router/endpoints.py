@@ -13,6 +13,8 @@ from collections.abc import Collection
 from contextlib import aclosing
 from dataclasses import dataclass
 
+import structlog
+
 from orchestrator.core.errors import NodeUnavailable
 from orchestrator.core.ports import Clock
 from orchestrator.wire import NodeDescription, NodeSnapshot
@@ -23,12 +25,16 @@ from router.metrics import RouterMetrics
 from router.node_client import NodeClient
 from router.policy import RoutingDecision, RoutingRequest
 
+_log = structlog.get_logger("router")
+
 _TIMELINESS = {True: "in_time", False: "late"}
 
 IN_FLIGHT_S = 0.005
 """A request is taken to be missing from a streamed snapshot if it was sent later than this before
 the snapshot came: it may have been on its way. Counted twice for a moment does less harm than not
 at all."""
+
+_NOT_HEARD_OF = "not heard of yet"
 
 
 @dataclass(slots=True, eq=False)
@@ -44,7 +50,7 @@ class Endpoint:
     heard_at_s: float = 0.0
     """When the last snapshot was new at the latest."""
 
-    failure: str | None = "not heard of yet"
+    failure: str | None = _NOT_HEARD_OF
     """Why the node cannot be used, until a poll succeeds."""
 
     last_description: NodeDescription | None = None
@@ -273,6 +279,10 @@ class EndpointPool:
     def mark_failed(self, endpoint_id: str, reason: str) -> None:
         """Do not use a node until it answers a poll again."""
         endpoint = self._endpoints[endpoint_id]
+        if endpoint.failure in {None, _NOT_HEARD_OF}:
+            _log.warning(
+                "node_unavailable", endpoint_id=endpoint_id, url=endpoint.url, reason=reason
+            )
         endpoint.failure = reason
         # It may come back as another process.
         endpoint.description = endpoint.snapshot = None
@@ -350,6 +360,8 @@ class EndpointPool:
         if snapshot.instance_id != description.instance_id:
             # To be asked who it is.
             raise NodeUnavailable(f"node {endpoint.endpoint_id} has just restarted")
+        if endpoint.failure is not None:
+            _log.info("node_available", endpoint_id=endpoint.endpoint_id, url=endpoint.url)
         endpoint.description, endpoint.snapshot = description, snapshot
         endpoint.heard_at_s, endpoint.failure = heard_at_s, None
         self.fleet.see(

@@ -114,7 +114,13 @@ def start_router(engine_dir: Path, tokenizer: Tokenizer) -> RouterFactory:
             engine_dir=engine_dir,
             model="tiny",
             nodes=tuple(EndpointConfig(endpoint_id=i, url=url) for i, url in nodes),
-            **{"snapshot_poll_interval_s": 0.02, **settings},
+            **{
+                "snapshot_poll_interval_s": 0.02,
+                # On a busy machine a router may wait for its turn longer than it waits for nodes.
+                "connect_timeout_s": DEADLINE_S,
+                "max_snapshot_age_s": DEADLINE_S,
+                **settings,
+            },
         )
         app = create_app(config, tokenizer=used_tokenizer, clock=clock, tracing=tracer, seat=seat)
         private_path = None if seat is None else seat.socket_path(seat.index)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import structlog
 
 from router.config import EndpointConfig, RouterConfig
 from router.endpoints import IN_FLIGHT_S, EndpointPool
@@ -142,6 +143,40 @@ async def test_a_failed_node_comes_back_with_its_next_snapshot(node: FakeNode) -
         await polls(node, 2)
 
         assert usable_ids(pool, clock) == ["node-0"]
+
+
+async def test_what_becomes_of_a_node_is_logged_once(node: FakeNode) -> None:
+    clock = ManualClock()
+    with structlog.testing.capture_logs() as lines:
+        async with started_pool({"node-0": node.url}, clock, poll_interval_s=0.01) as pool:
+            node.is_ill = True
+            pool.mark_failed("node-0", "as the test says")
+            pool.mark_failed("node-0", "as the test says again")
+            await until(lambda: "ill" in str(pool.obstacles(clock.now_s())["node-0"]))
+            node.is_ill = False
+            await until(lambda: usable_ids(pool, clock) == ["node-0"])
+            await polls(node, 2)
+
+    who = {"endpoint_id": "node-0", "url": node.url}
+    came = {**who, "event": "node_available", "log_level": "info"}
+    failed = {"event": "node_unavailable", "log_level": "warning", "reason": "as the test says"}
+    assert lines == [came, {**who, **failed}, came]
+
+
+async def test_a_node_that_comes_late_is_logged_twice() -> None:
+    node = FakeNode()
+    with bound_socket() as closed:
+        port = closed.getsockname()[1]
+    clock, url = ManualClock(), f"http://127.0.0.1:{port}"
+    with structlog.testing.capture_logs() as lines:
+        async with started_pool({"node-0": url}, clock, poll_interval_s=0.01) as pool:
+            with node.serve(port=port):
+                await until(lambda: usable_ids(pool, clock) == ["node-0"])
+
+    unavailable, available = lines
+    assert unavailable["event"] == "node_unavailable"
+    assert "does not answer" in unavailable["reason"]
+    assert available["event"] == "node_available"
 
 
 def line(node: FakeNode, **changes: object) -> bytes:

@@ -135,12 +135,12 @@ def test_tokens_are_counted_by_class(router: RunningRouter, node: FakeNode) -> N
 
 
 def logged(router: RunningRouter, **changes: object) -> EventDict:
-    """Return the one line that a completion with these changes logs."""
+    """Return the one line on requests that a completion with these changes logs."""
     with structlog.testing.capture_logs() as lines:
         router.complete(**changes)
         # The line is written after the answer; the next answer on the connection comes later.
         router.http.get("/v1/models")
-    (line,) = lines
+    (line,) = [line for line in lines if line["event"] == "request"]
     return line
 
 
