@@ -10,6 +10,8 @@ BIN := .venv/bin
 # Without --no-compile an install takes twice as long; Python compiles what it imports anyway.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 STAMP := .venv/.installed
+# Where it is set, as in many containers, every process would compile all that it imports, each time.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup engine serve test check fix docs mutations fuzz bench peer-vllm peer-llama-server peer-vllm-cpu trtllm-acceptance clean
@@ -39,7 +41,7 @@ serve: setup engine ## Serve the deployment named by DEPLOYMENT until Ctrl-C
 
 # Threads of one test would only take the core from the other's.
 test: setup engine ## Run the tests; a selection: make test ARGS="-k router"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: setup ## Lint, check formatting and types
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ Starts `proserve serve` with the small model, streams all requests over OpenAI's
 peace and once while, every few seconds, a random node is killed (the supervisor starts it again)
 or stopped for a while. Three quarters of the requests are greedy, the others are drawn with a
 seed; one client in ten reads slowly. What counts: how many requests complete, and how many texts
-are those of the calm run. It is `tests/integration/test_chaos.py` for longer.
+are those of the calm run. It is `tests/integration/fleets/test_chaos.py` for longer.
 
 With `--router-restarts` the router is killed too, each time a tenth of the answers are complete.
 Clients then send idempotency keys, and repeat a request until its answer is whole; the drawn

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import openai
+import yaml
 
 from tests.integration.deployments import Deployment, write_deployment
 
@@ -60,8 +61,14 @@ async def go_on() -> None:
 
 
 def chaos_deployment(directory: Path, engine_dir: Path, **changes: Any) -> Path:
-    """Write the deployment file of three small nodes; return its path."""
-    return write_deployment(directory, engine_dir, num_nodes=NUM_NODES, **SETTINGS, **changes)
+    """Write the deployment file of three small nodes; return its path. Two of them plan ahead: a
+    sequence may go on in the other loop than the one it was begun in."""
+    path = write_deployment(directory, engine_dir, num_nodes=NUM_NODES, **SETTINGS, **changes)
+    content = yaml.safe_load(path.read_text())
+    for node in content["nodes"][1:]:
+        node["plan_ahead"] = True
+    path.write_text(yaml.safe_dump(content))
+    return path
 
 
 async def ask(

@@ -17,7 +17,7 @@ from tests.integration.deployments import Deployment, running, write_deployment
 from tests.trtllm.reference_engine import write_llama_engine
 from tests.trtllm.stand_in_path import stand_in_environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 BLOCK_BYTES = 737_280
 """16 tokens of SmolLM2-135M in fp32."""

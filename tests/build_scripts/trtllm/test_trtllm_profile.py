@@ -98,7 +98,8 @@ def test_an_engine_is_measured_up_to_the_limits_it_was_built_with(tmp_path: Path
 
 @pytest.mark.slow
 def test_a_real_build_ends_with_an_engine_that_runs(tmp_path: Path) -> None:
-    """Converted, compiled and measured in processes of their own, as on a machine with a GPU."""
+    """Converted, compiled and measured in processes of their own, as on a machine with a GPU; if
+    others keep this machine busy, measured again, as the build asks for."""
     machine = make_machine(tmp_path)
     write_model(tmp_path / "model", **WIDE.to_dict())
     weights = {name: t.to(torch.bfloat16) for name, t in tiny_tensors(WIDE).items()}
@@ -109,12 +110,14 @@ def test_a_real_build_ends_with_an_engine_that_runs(tmp_path: Path) -> None:
         profile=LONG_STEPS.model_dump(mode="json"),
     )
 
-    subprocess.run(
-        [sys.executable, "-m", "build_scripts.build_engine", str(machine.recipe)],
-        env=machine.environment,
-        cwd=ROOT,
-        check=True,
-    )
+    build = [sys.executable, "-m", "build_scripts.build_engine", str(machine.recipe)]
+    while True:
+        built = subprocess.run(
+            build, env=machine.environment, cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        if "is something else using the machine? profile again" not in built.stderr:
+            break
+    assert built.returncode == 0, built.stderr
 
     manifest = read_manifest(machine.engine_dir)
     assert manifest.latency_profile.prefill_token_s + manifest.latency_profile.prefill_quadratic_s

@@ -21,7 +21,7 @@ from tests.factories import make_request
 from tests.trtllm.reference_engine import write_llama_engine
 from tests.trtllm.stand_in_path import stand_ins_importable
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 NUM_TOKENS = 16
 PROMPTS = (

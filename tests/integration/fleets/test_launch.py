@@ -23,7 +23,7 @@ from orchestrator.command_line.launch.local import LocalLauncher
 from orchestrator.command_line.launch.state_dir import StateDir
 from tests.integration.deployments import WAIT_S, free_port, is_alive, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 NUM_CLIENTS = 2
 NUM_TOKENS = 12
@@ -103,7 +103,7 @@ def launched(engine_dir: Path, tmp_path: Path) -> Iterator[Launched]:
     file = tmp_path / "demo.yaml"
     file.write_text(yaml.safe_dump(content, sort_keys=False))
     environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONPATH": str(Path(__file__).parents[3]),
         "PROSERVE_STATE_DIR": str(tmp_path / "state"),
     }
     value = Launched(file, environment)

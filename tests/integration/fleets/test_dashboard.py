@@ -22,10 +22,7 @@ from tests.integration.deployments import (
 )
 
 CHROMIUM = shutil.which("chromium")
-pytestmark = [
-    pytest.mark.timeout(300),
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's package chromium"),
-]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's package chromium")
 
 KEY = "a-dashboard-key-for-tests"
 CLASSES = ("high", "normal", "low")

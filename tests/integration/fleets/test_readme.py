@@ -15,7 +15,7 @@ import pytest
 
 from tests.integration.deployments import until
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^\$ (.+)$", README, flags=re.MULTILINE)
 URL = "http://127.0.0.1:8000"
@@ -70,7 +70,7 @@ def clone(tmp_path: Path) -> Iterator[Path]:
 
 
 # Before those that need `served`, which listens on the same port until the last test here.
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)])
 def test_the_commands_of_a_page_work_one_after_the_other(page: str, clone: Path) -> None:
     said = {}

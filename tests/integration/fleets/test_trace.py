@@ -12,11 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 
 from tests.integration.deployments import Deployment, running, write_deployment
-
-pytestmark = pytest.mark.timeout(300)
 
 BLOCK_BYTES = 737_280
 """16 tokens of SmolLM2-135M in fp32."""
@@ -46,7 +43,7 @@ def trace(deployment: Deployment, request_id: str) -> list[str]:
         [sys.executable, "-m", "orchestrator.command_line.main",
          "trace", request_id, "--url", deployment.url],
         capture_output=True, text=True, check=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
     )  # fmt: skip
     return result.stdout.splitlines()
 
@@ -83,7 +80,7 @@ async def test_a_request_that_went_through_everything_tells_it_all(
         node={
             "max_model_len": 500,
             "kv_cache": {"offload_threshold_blocks": 1},
-            "stall_timeout_s": 3.0,
+            "stall_timeout_s": 10.0,
         },
         restarts={"max_unhealthy_s": 600},
     )

@@ -15,7 +15,6 @@ from tests.integration.netlab import obstacle
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(300),
     pytest.mark.skipif(obstacle() is not None, reason=str(obstacle())),
 ]
 
