@@ -56,9 +56,29 @@ def skip_without_cpu_kernels() -> None:
         pytest.skip(f"needs the CPU kernels: {obstacle}")
 
 
+def _instruction_sets() -> Iterator[str]:
+    """What the CPU kernels can be compiled for here."""
+    if "avx512_vnni" in cpu_library.cpu_flags():
+        yield "AVX-512"
+    yield "AVX2"
+
+
+@pytest.fixture(params=_instruction_sets())
+def cpu_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For tests that need the CPU kernels: with each instruction set that this machine has."""
+    skip_without_cpu_kernels()
+    if request.param == "AVX2" and "avx512f" in cpu_library.cpu_flags():
+        monkeypatch.setattr(
+            cpu_library, "COMPILER_FLAGS", (*cpu_library.COMPILER_FLAGS, "-mno-avx512f")
+        )
+    cpu_library.load_library.cache_clear()
+    yield
+    cpu_library.load_library.cache_clear()
+
+
 @pytest.fixture
-def cpu_kernels() -> None:
-    """For tests that need the CPU kernels."""
+def best_cpu_kernels() -> None:
+    """For tests that need the CPU kernels, as a user has them."""
     skip_without_cpu_kernels()
 
 

@@ -112,6 +112,25 @@ def test_a_product_is_that_of_the_rounded_numbers(num_rows: int, bits: int) -> N
 
 
 @pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_the_largest_sums_fit(bits: int, sign: float) -> None:
+    """Outputs 0 to 32 have the highest code everywhere, or the lowest, against inputs of 127 or
+    -127: no sum of 16 bits inside the kernels may overflow."""
+    highest = 2**bits - 1
+    codes = torch.zeros(66, 2, 32, dtype=torch.uint8)
+    codes[:33] = highest
+    scales, offsets = torch.ones(66, 2).half(), torch.zeros(66, 2).half()
+    quantized = QuantizedMatrix(4 if bits == 4 else 8, codes, scales, offsets)
+
+    outputs = multiplied(quantized, torch.full((7, 64), sign * 127))
+
+    expected = torch.zeros(7, 66)
+    expected[:, :33] = sign * 127 * 64 * highest
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
 def test_a_row_s_product_does_not_depend_on_its_neighbours_nor_on_threads() -> None:
     quantized = quantize(torch.randn(100, 64, generator=torch.Generator().manual_seed(8)))
     rows = torch.randn(23, 64, generator=torch.Generator().manual_seed(9))

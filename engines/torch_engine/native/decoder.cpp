@@ -1,4 +1,5 @@
-// The layers of a Llama decoder over a paged KV cache, for CPUs with AVX-512 VNNI.
+// The layers of a Llama decoder over a paged KV cache, for CPUs with AVX-512 VNNI or
+// AVX2.
 //
 // Computes what `engines.torch_engine.model.LlamaDecoder`, the readable specification, computes,
 // with quantised matrices. `cpu_decoder.py` owns all memory and calls this.
@@ -58,29 +59,25 @@ struct Workspace {
 };
 
 void rms_norm(const float* row, const float* weight, int size, float eps, float* output) {
-  __m512 squares = _mm512_setzero_ps();
+  Floats squares = zeros();
   for (int i = 0; i < size; i += kLanes) {
-    const __m512 numbers = load(row + i);
-    squares = _mm512_fmadd_ps(numbers, numbers, squares);
+    const Floats numbers = load(row + i);
+    squares = fma(numbers, numbers, squares);
   }
-  const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(size);
-  const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(mean + eps));
+  const float mean = reduce_add(squares) / static_cast<float>(size);
+  const Floats scale = all(1.0f / std::sqrt(mean + eps));
   for (int i = 0; i < size; i += kLanes)
-    store(output + i, _mm512_mul_ps(_mm512_mul_ps(load(row + i), scale), load(weight + i)));
+    store(output + i, load(row + i) * scale * load(weight + i));
 }
 
 void rotate(float* head, const float* cosines, const float* sines, int head_dim) {
   const int half = head_dim / 2;
   for (int i = 0; i < half; i += kLanes) {
-    const __mmask16 mask = columns_left(half, i);
-    const __m512 cosine = _mm512_maskz_loadu_ps(mask, cosines + i);
-    const __m512 sine = _mm512_maskz_loadu_ps(mask, sines + i);
-    const __m512 first = _mm512_maskz_loadu_ps(mask, head + i);
-    const __m512 second = _mm512_maskz_loadu_ps(mask, head + half + i);
-    _mm512_mask_storeu_ps(head + i, mask,
-                          _mm512_fmsub_ps(first, cosine, _mm512_mul_ps(second, sine)));
-    _mm512_mask_storeu_ps(head + half + i, mask,
-                          _mm512_fmadd_ps(second, cosine, _mm512_mul_ps(first, sine)));
+    const Mask mask = first_lanes(half - i);
+    const Floats cosine = load_some(mask, cosines + i), sine = load_some(mask, sines + i);
+    const Floats first = load_some(mask, head + i), second = load_some(mask, head + half + i);
+    store_some(mask, head + i, fms(first, cosine, second * sine));
+    store_some(mask, head + half + i, fma(second, cosine, first * sine));
   }
 }
 

@@ -19,96 +19,158 @@ struct Row {
   double fraction;
 };
 
+using Weights = std::vector<int64_t>;
+
 // Index of the first largest number; -1 if that is not finite, or any is NaN.
 int64_t most_likely(const float* scores, int64_t size) {
-  __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  __mmask16 has_nan = 0;
+  Floats largest = all(-std::numeric_limits<float>::infinity());
+  bool has_nan = false;
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
-    const __m512 numbers = load(scores + i);
-    has_nan |= _mm512_cmp_ps_mask(numbers, numbers, _CMP_UNORD_Q);
-    largest = _mm512_max_ps(largest, numbers);
+    const Floats numbers = load(scores + i);
+    has_nan |= any(any_is_nan(numbers, numbers));
+    largest = max(largest, numbers);
   }
-  float best = _mm512_reduce_max_ps(largest);
+  float best = reduce_max(largest);
   for (int64_t rest = i; rest < size; ++rest) {
-    if (std::isnan(scores[rest])) has_nan = 1;
+    has_nan |= std::isnan(scores[rest]);
     best = std::max(best, scores[rest]);
   }
   if (has_nan || !std::isfinite(best)) return -1;
-  const __m512 wanted = _mm512_set1_ps(best);
+  const Floats wanted = all(best);
   for (i = 0; i + kLanes <= size; i += kLanes) {
-    const __mmask16 is_best = _mm512_cmp_ps_mask(load(scores + i), wanted, _CMP_EQ_OQ);
-    if (is_best) return i + __builtin_ctz(is_best);
+    const Mask is_best = is_equal(load(scores + i), wanted);
+    if (any(is_best)) return i + first_lane(is_best);
   }
   while (scores[i] != best) ++i;
   return i;
 }
 
-// Weights relative to the best score's, which is 2 to the power of 40; small ones become 0.
-void weigh(const float* scores, int64_t size, float best, const Row& row, int64_t* weights) {
-  const __m512 top = _mm512_set1_ps(best), temperature = _mm512_set1_ps(row.temperature);
-  const __m512i floor = _mm512_set1_epi64(row.min_weight);
+// Scores relative to the best one, divided by the temperature.
+class Scaled {
+ public:
+  Scaled(float best, float temperature)
+      : best_(all(best)),
+        temperature_(all(temperature)),
+        inverse_(all(1.0f / temperature)),
+        lowest_(all(-1000.0f * temperature)),
+        is_extreme_(temperature < 1e-20f || temperature > 1e20f) {}
+
+  Floats operator()(Floats scores) const {
+    const Floats relative = scores - best_;
+    if (is_extreme_) return relative / temperature_;
+    // An estimate, corrected by its remainder: a fifth of a division's time. What is far below the
+    // best one has no weight, whatever it is.
+    const Floats x = max(relative, lowest_);
+    const Floats quotient = x * inverse_;
+    return fma(fnma(quotient, temperature_, x), inverse_, quotient);
+  }
+
+ private:
+  Floats best_, temperature_, inverse_, lowest_;
+  bool is_extreme_;
+};
+
+// Weights relative to the best score's, which is 2 to the power of 40; small ones become 0. Returns
+// their sum. Writes whole vectors, with zeros behind the last one.
+int64_t weigh(const float* scores, int64_t size, float best, const Row& row, int64_t* weights) {
+  const Scaled scaled(best, row.temperature);
+  const Longs floor = all_longs(row.min_weight);
+  const Floats impossible = all(-std::numeric_limits<float>::infinity());
+  Longs sums = all_longs(0);
   for (int64_t i = 0; i < size; i += kLanes) {
-    const int64_t left = size - i;
-    const __mmask16 mask = left >= kLanes ? 0xFFFF : static_cast<__mmask16>((1 << left) - 1);
-    const __m512 relative = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, scores + i), top);
-    const __m512 weight = _mm512_mul_ps(exp(_mm512_div_ps(relative, temperature)),
-                                        _mm512_set1_ps(kMaxWeight));
-    const __m256 halves[2] = {_mm512_castps512_ps256(weight), _mm512_extractf32x8_ps(weight, 1)};
+    const Mask mask = first_lanes(size - i);
+    const Floats own = select(mask, load_some(mask, scores + i), impossible);
+    Longs halves[2];
+    truncate(exp(scaled(own)) * all(kMaxWeight), halves);
     for (int half = 0; half < 2; ++half) {
-      const __m512i whole = _mm512_cvttps_epi64(halves[half]);
-      const __mmask8 stays = _mm512_cmpge_epi64_mask(whole, floor);
-      _mm512_mask_storeu_epi64(weights + i + 8 * half, static_cast<__mmask8>(mask >> (8 * half)),
-                               _mm512_maskz_mov_epi64(stays, whole));
+      const Longs kept = at_least(halves[half], floor);
+      store(weights + i + 8 * half, kept);
+      sums = add_longs(sums, kept);
     }
   }
+  return reduce_add_longs(sums);
 }
 
-int64_t total_of(const int64_t* weights, int64_t size) {
-  __m512i sums = _mm512_setzero_si512();
-  int64_t i = 0;
-  for (; i + 8 <= size; i += 8) sums = _mm512_add_epi64(sums, _mm512_loadu_si512(weights + i));
-  int64_t total = _mm512_reduce_add_epi64(sums);
-  for (; i < size; ++i) total += weights[i];
-  return total;
+// The sum of those that are at least `floor`; behind them are zeros up to a multiple of 8.
+int64_t total_of(const int64_t* weights, int64_t size, int64_t floor) {
+  Longs sums = all_longs(0);
+  const Longs least = all_longs(floor);
+  for (int64_t i = 0; i < size; i += 8)
+    sums = add_longs(sums, at_least(load_longs(weights + i), least));
+  return reduce_add_longs(sums);
 }
 
 // Weights of at least `bound`, in any order.
-void collect(const int64_t* weights, int64_t size, int64_t bound, std::vector<int64_t>& found) {
+void collect(const int64_t* weights, int64_t size, int64_t bound, Weights& found) {
   found.resize(size + 8);
   int64_t count = 0, i = 0;
-  const __m512i least = _mm512_set1_epi64(bound);
-  for (; i + 8 <= size; i += 8) {
-    const __m512i eight = _mm512_loadu_si512(weights + i);
-    const __mmask8 stays = _mm512_cmpge_epi64_mask(eight, least);
-    if (!stays) continue;
-    _mm512_mask_compressstoreu_epi64(found.data() + count, stays, eight);
-    count += __builtin_popcount(stays);
-  }
+  const Longs least = all_longs(bound);
+  for (; i + 8 <= size; i += 8)
+    count += write_at_least(found.data() + count, load_longs(weights + i), least);
   for (; i < size; ++i)
     if (weights[i] >= bound) found[count++] = weights[i];
   found.resize(count);
 }
 
-void keep(int64_t* weights, int64_t size, int64_t floor) {
-  for (int64_t i = 0; i < size; ++i) weights[i] = weights[i] < floor ? 0 : weights[i];
+// What is left of a row's weights: those that are at least `floor`, and their sum.
+struct Kept {
+  int64_t floor;
+  int64_t total;
+};
+
+// Weights in the order of their sizes, as far as their exponents and 5 more bits tell.
+constexpr int kBuckets = 41 * 32;
+
+int bucket_of(int64_t weight) {
+  const int exponent = 63 - __builtin_clzll(static_cast<uint64_t>(weight));
+  return exponent * 32 + static_cast<int>((weight << (62 - exponent) >> 57) & 31);
 }
 
-// The smallest weight inside the smallest set of tokens that holds `top_p` of the mass. All tokens
-// under (1 - top_p) * mass / size together weigh less than what the set leaves out.
-int64_t nucleus_floor(const int64_t* weights, int64_t size, double top_p,
-                      std::vector<int64_t>& candidates) {
-  const auto mass = static_cast<double>(total_of(weights, size));
+// Put those of a bucket first, the largest of them first; return their end.
+Weights::iterator sort_bucket(Weights& candidates, int bucket) {
+  const auto end = std::partition(candidates.begin(), candidates.end(), [&](int64_t weight) {
+    return bucket_of(weight) == bucket;
+  });
+  std::sort(candidates.begin(), end, std::greater<>());
+  return end;
+}
+
+// Keep the `count` heaviest tokens, and who ties with the last of them.
+Kept heaviest(const int64_t* weights, int64_t size, Kept kept, int64_t count,
+              Weights& candidates) {
+  collect(weights, size, kept.floor, candidates);
+  if (static_cast<int64_t>(candidates.size()) <= count) return kept;
+  int64_t counts[kBuckets] = {};
+  for (const int64_t weight : candidates) ++counts[bucket_of(weight)];
+  int bucket = kBuckets - 1;
+  while (count > counts[bucket]) count -= counts[bucket--];
+  sort_bucket(candidates, bucket);
+  const int64_t floor = candidates[count - 1];
+  return {floor, total_of(weights, size, floor)};
+}
+
+// Keep the smallest set of tokens that holds `top_p` of the mass, and who ties with its last. All
+// tokens under (1 - top_p) * mass / size together weigh less than what the set leaves out.
+Kept nucleus(const int64_t* weights, int64_t size, Kept kept, double top_p,
+             Weights& candidates) {
+  const auto mass = static_cast<double>(kept.total);
   const auto bound = static_cast<int64_t>(mass * (1 - top_p) / static_cast<double>(size));
-  collect(weights, size, std::max<int64_t>(bound, 1), candidates);
-  std::sort(candidates.begin(), candidates.end(), std::greater<>());
+  collect(weights, size, std::max(bound, kept.floor), candidates);
+  int64_t sums[kBuckets] = {};
+  for (const int64_t weight : candidates) sums[bucket_of(weight)] += weight;
   const auto needed = static_cast<int64_t>(std::ceil(mass * top_p));
   int64_t sum = 0;
-  for (const int64_t weight : candidates) {
-    sum += weight;
-    if (sum >= needed) return weight;
-  }
-  return 0;  // a mass that no sum reaches, by rounding: all stay
+  int bucket = kBuckets - 1;
+  while (bucket >= 0 && sum + sums[bucket] < needed) sum += sums[bucket--];
+  if (bucket < 0) return kept;  // a mass that no sum reaches, by rounding: all stay
+  // Only the order inside the bucket of the set's last one matters.
+  const auto end = sort_bucket(candidates, bucket);
+  auto last = candidates.begin();
+  while ((sum += *last) < needed) ++last;
+  const int64_t floor = *last;
+  while (++last != end && *last == floor) sum += floor;
+  return {floor, sum};
 }
 
 // As `most_likely(scores)`, where the largest of every 32 scores are known.
@@ -122,31 +184,28 @@ int64_t most_likely(const float* scores, int64_t size, const float* largest) {
 }
 
 int64_t draw(const float* scores, int64_t size, const float* largest, const Row& row,
-             int64_t* weights, std::vector<int64_t>& candidates) {
+             int64_t* weights, Weights& candidates) {
   const int64_t best =
       largest == nullptr ? most_likely(scores, size) : most_likely(scores, size, largest);
   if (best < 0 || row.is_greedy) return best;
-  weigh(scores, size, scores[best], row, weights);
-  if (row.top_k > 0 && row.top_k < size) {
-    collect(weights, size, 0, candidates);
-    const auto place = candidates.begin() + (row.top_k - 1);
-    std::nth_element(candidates.begin(), place, candidates.end(), std::greater<>());
-    keep(weights, size, *place);
-  }
-  if (row.top_p < 1) keep(weights, size, nucleus_floor(weights, size, row.top_p, candidates));
-  const int64_t total = total_of(weights, size);
-  const auto exact = static_cast<int64_t>(static_cast<double>(total) * row.fraction);
-  int64_t target = std::min(exact, total - 1);
+  Kept kept{1, weigh(scores, size, scores[best], row, weights)};
+  if (row.top_k > 0) kept = heaviest(weights, size, kept, row.top_k, candidates);
+  if (row.top_p < 1) kept = nucleus(weights, size, kept, row.top_p, candidates);
+  const auto exact = static_cast<int64_t>(static_cast<double>(kept.total) * row.fraction);
+  int64_t target = std::min(exact, kept.total - 1);
   // Whole runs first: sums of integers have no order.
   constexpr int64_t kRun = 512;
   int64_t i = 0;
   for (; i + kRun <= size; i += kRun) {
-    const int64_t run = total_of(weights + i, kRun);
+    const int64_t run = total_of(weights + i, kRun, kept.floor);
     if (target < run) break;
     target -= run;
   }
-  while (target >= weights[i]) target -= weights[i++];
-  return i;
+  for (;; ++i) {
+    if (weights[i] < kept.floor) continue;
+    if (target < weights[i]) return i;
+    target -= weights[i];
+  }
 }
 
 }  // namespace
@@ -160,8 +219,8 @@ void proserve_draw(const float* scores, int64_t num_rows, int64_t vocab_size,
                    const float* largest, const double* parameters, int32_t num_threads, int64_t* token_ids) {
   run_team(num_threads, [&](Team& team) {
     // Kept from call to call: memory this large is given back and cleared again each time.
-    static thread_local std::vector<int64_t> weights, candidates;
-    weights.resize(vocab_size);
+    static thread_local Weights weights, candidates;
+    weights.resize(vocab_size + kLanes);
     team.take_turns(num_rows, [&](int64_t i) {
       const auto column = [&](int64_t index) { return parameters[index * num_rows + i]; };
       const Row row{column(0) > 0,
