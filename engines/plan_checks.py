@@ -17,9 +17,10 @@ class PlanChecks:
         self._limits = limits
         self._checked: dict[str, tuple[Sequence[int], int]] = {}
 
-    def check(self, plan: SchedulerOutput) -> None:
+    def check(self, plan: SchedulerOutput, *, is_ahead: bool = False) -> None:
         """Raise ValueError, naming request, value and limit, if what the plan computes breaks the
-        contract of `SchedulerOutput` or a limit of the engine."""
+        contract of `SchedulerOutput` or a limit of the engine. With `is_ahead`, tokens count whose
+        values are not known yet."""
         parts, limits = plan.scheduled, self._limits
         if len(parts) > limits.max_num_seqs:
             raise ValueError(
@@ -32,14 +33,15 @@ class PlanChecks:
             )
         before, self._checked = self._checked, {}
         for part in parts:
-            _check_part(part, limits)
+            _check_part(part, limits, is_ahead=is_ahead)
             request_id, blocks = part.request_id, part.block_ids
             known, count = before.get(request_id, (blocks, 0))
             if known is not blocks:
                 count = 0
-            if count < len(blocks):
-                self._check_blocks(request_id, blocks[count:])
-            self._checked[request_id] = blocks, len(blocks)
+            num_blocks = len(blocks)  # may grow meanwhile, if the next step is being planned
+            if count < num_blocks:
+                self._check_blocks(request_id, blocks[count:num_blocks])
+            self._checked[request_id] = blocks, num_blocks
         if len(self._checked) != len(parts):
             raise ValueError("a request is scheduled twice in one step")
 
@@ -51,11 +53,12 @@ class PlanChecks:
             )
 
 
-def _check_part(part: ScheduledRequest, limits: EngineCapabilities) -> None:
+def _check_part(part: ScheduledRequest, limits: EngineCapabilities, *, is_ahead: bool) -> None:
     start, end = part.num_computed_tokens, part.num_computed_tokens + part.num_new_tokens
     room_tokens = len(part.block_ids) * limits.block_size_tokens
-    if part.num_new_tokens < 1 or start < 0 or end > part.request.num_tokens:
-        wrong = f"tokens [{start}, {end}) of {part.request.num_tokens}"
+    num_tokens = part.request.num_tokens if is_ahead else len(part.request.all_token_ids)
+    if part.num_new_tokens < 1 or start < 0 or end > num_tokens:
+        wrong = f"tokens [{start}, {end}) of {num_tokens}"
     elif end > limits.max_model_len:
         wrong = f"{end} tokens, max_model_len {limits.max_model_len}"
     elif end > room_tokens:

@@ -59,9 +59,9 @@ class TorchEngineConfig(BaseModel):
     """Where the model runs."""
 
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
-    """Precision of weights, activations and KV cache. `int8` is for CPUs with AVX-512 VNNI and a
-    C++ compiler: matrices and their inputs in 8 bits, the KV cache in bfloat16. `auto` is bfloat16
-    on CUDA; on the CPU int8 where it can run, else float32."""
+    """Precision of weights, activations and KV cache. `int8` is for CPUs with AVX2, best
+    with AVX-512 VNNI, and a C++ compiler: matrices and their inputs in 8 bits, the KV cache in
+    bfloat16. `auto` is bfloat16 on CUDA; on the CPU int8 where it can run, else float32."""
 
     num_threads: PositiveInt | None = None
     """CPU threads of the model; by default as many as PyTorch finds cores."""
@@ -231,6 +231,10 @@ class NodeSettings(BaseModel):
     latency_correction: CorrectionSection = CorrectionSection()
     """How predicted step durations follow the measured ones."""
 
+    plan_ahead: bool | None = None
+    """Plan a step while the engine runs the one before. By default where that is on a GPU: on a
+    CPU, it pays only if the engine leaves a core idle."""
+
     max_num_batched_tokens: PositiveInt = 2048
     """New tokens in one step, over all requests."""
 
@@ -253,6 +257,10 @@ class NodeSettings(BaseModel):
         """Return the section of the chosen scheduler; None for its defaults."""
         return self.slide_batching or self.deadline or self.sarathi
 
+    def plans_ahead(self) -> bool:
+        """Return whether steps are planned ahead."""
+        return self.engine.device == "cuda" if self.plan_ahead is None else self.plan_ahead
+
     @model_validator(mode="after")
     def _check_sections(self) -> Self:
         problems = [*self._unread_sections(), *self._what_the_engine_decides()]
@@ -273,7 +281,13 @@ class NodeSettings(BaseModel):
 
     def _what_the_engine_decides(self) -> Iterator[Problem]:
         if self.engine.kind == "trtllm-executor":
-            for name in ("scheduler", "slide_batching", "kv_cache", "latency_correction"):
+            for name in (
+                "scheduler",
+                "slide_batching",
+                "kv_cache",
+                "latency_correction",
+                "plan_ahead",
+            ):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     yield (
                         (name,),

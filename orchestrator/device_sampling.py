@@ -1,13 +1,14 @@
 """Drawing tokens on a CUDA device: `orchestrator.sampling`'s steps 4 to 8, in the same integers.
 
-One copy to the device, one back, and no other wait: rows are never picked apart by what the device
+One copy to the device, one back, and a wait for that alone, in `PendingTokens.wait`: a step that
+needs the tokens on the device can be begun before. Rows are never picked apart by what the device
 has computed, nor by lists of the host. Greedy rows are drawn like all others and then overruled.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,19 +33,40 @@ class DrawParameters:
     """In [0, 1): which part of the mass the token is drawn at."""
 
 
-def most_likely_on_device(scores: torch.Tensor) -> list[int]:
-    """Return each row's first most likely token; -1 where the largest score is not finite."""
+@dataclass(frozen=True, slots=True)
+class PendingTokens:
+    """One token per row, which a device may still be drawing; -1 where the largest score is not
+    finite."""
+
+    device_ids: torch.Tensor  # (num_rows,), int64, where the scores are
+    _wait: Callable[[], list[int]]
+
+    @classmethod
+    def drawn(cls, token_ids: Sequence[int]) -> PendingTokens:
+        """Return tokens that the host has drawn."""
+        numbers = list(token_ids)
+        return cls(torch.tensor(numbers, dtype=torch.int64), lambda: numbers)
+
+    @classmethod
+    def being_drawn(cls, device_ids: torch.Tensor) -> PendingTokens:
+        """Return tokens that the device has been told to draw, and begin to fetch them."""
+        return cls(device_ids, _begin_to_fetch(device_ids))
+
+    def wait(self) -> list[int]:
+        """Return the tokens, when they are drawn."""
+        return self._wait()
+
+
+def most_likely_on_device(scores: torch.Tensor) -> PendingTokens:
+    """Begin to find each row's first most likely token."""
     best_ids, best_scores = _most_likely(scores)
-    return _fetch(torch.where(torch.isfinite(best_scores), best_ids, -1))
+    return PendingTokens.being_drawn(torch.where(torch.isfinite(best_scores), best_ids, -1))
 
 
 def draw_on_device(
     scores: torch.Tensor, parameters: DrawParameters, *, max_weight: int
-) -> list[int]:
-    """Return one token per row; -1 where the largest score is not finite.
-
-    `max_weight` is the weight of a row's most likely token.
-    """
+) -> PendingTokens:
+    """Begin to draw one token per row. `max_weight` is the weight of a row's most likely token."""
     best_ids, best_scores = _most_likely(scores)
     p = parameters
     columns = _upload(
@@ -72,7 +94,7 @@ def draw_on_device(
     target = torch.minimum((total * fraction).to(torch.int64), total - 1)
     drawn_ids = torch.searchsorted(cumulative, target, right=True)
     token_ids = torch.where(is_greedy > 0, best_ids.unsqueeze(-1), drawn_ids).squeeze(-1)
-    return _fetch(torch.where(torch.isfinite(best_scores), token_ids, -1))
+    return PendingTokens.being_drawn(torch.where(torch.isfinite(best_scores), token_ids, -1))
 
 
 def _most_likely(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,18 +118,22 @@ def _upload(array: NDArray[np.float64], device: torch.device) -> torch.Tensor:
     return host.to(device, non_blocking=True)
 
 
-def _fetch(token_ids: torch.Tensor) -> list[int]:
-    """Return the numbers, when the device has computed them."""
-    host = token_ids
-    if token_ids.is_cuda:
-        host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
-        _store_on_host()(token_ids, host)
-        # Not the stream's own wait, in which PyTorch would see one that nobody meant.
-        stored = torch.cuda.Event()
-        stored.record()
+def _begin_to_fetch(token_ids: torch.Tensor) -> Callable[[], list[int]]:
+    """Return what waits for these numbers and returns them."""
+    if not token_ids.is_cuda:
+        return token_ids.tolist
+    host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
+    _store_on_host()(token_ids, host)
+    # Not the stream's own wait, in which PyTorch would see one that nobody meant.
+    stored = torch.cuda.Event()
+    stored.record()
+
+    def wait() -> list[int]:
         stored.synchronize()
-    numbers: list[int] = host.tolist()
-    return numbers
+        numbers: list[int] = host.tolist()
+        return numbers
+
+    return wait
 
 
 @functools.cache

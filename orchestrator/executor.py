@@ -1,9 +1,9 @@
 """The executor loop: schedule, step the engine, account, tell.
 
 This is the plain loop, in sequence; it is the readable specification of what an executor does.
-It knows no socket and no message format: `executor_process` feeds it commands and carries its
-news away. It imports nothing but the standard library and the core, so that it runs on machines
-that have only torch and numpy.
+`overlapped_loop` plans a step while the one before runs. Loops know no socket and no message
+format: `executor_process` feeds them commands and carries their news away. They import nothing but
+the standard library and the core, so that they run on machines that have only torch and numpy.
 """
 
 from __future__ import annotations
@@ -48,14 +48,32 @@ class StepFigures:
 
     plan: SchedulerOutput
     output: StepOutput
+    began_s: float
+    """When the engine began it, on the loop's clock."""
+
     schedule_s: float
     """Time spent planning and accounting, outside the engine."""
+
+    exposed_s: float
+    """Time before the step in which the engine had nothing to run although there was work."""
 
     load: SchedulerLoad
     """After the step."""
 
     errors: tuple[StepErrors, ...]
     """Of recent predictions, this one included."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStep:
+    """A step that the engine has run."""
+
+    plan: SchedulerOutput
+    output: StepOutput
+    began_s: float
+    """On the loop's clock."""
+
+    ended_s: float
 
 
 class ExecutorLoop:
@@ -77,6 +95,9 @@ class ExecutorLoop:
         self._emit = emit
         self._report = report
         self._num_failures = 0
+        self._free_since_s: float | None = None
+        """When the engine ended its last step; None if there was no more to do then."""
+
         self.is_draining = False
 
     @property
@@ -116,6 +137,10 @@ class ExecutorLoop:
         """Return what one more request would meet now."""
         return self._scheduler.queue_summary(now_s)
 
+    def slack_s(self) -> float:
+        """Return how long `run_step` may still be put off for the sake of news from outside."""
+        return 0.0
+
     def run_step(self) -> None:
         """Plan one step, run it, account for it and emit the news.
 
@@ -124,19 +149,46 @@ class ExecutorLoop:
         """
         started_s = self._clock.now_s()
         plan = self._scheduler.schedule(started_s)
-        planned_s = self._clock.now_s()
-        output = self._run_engine(plan)
-        stepped_s = self._clock.now_s()
-        events = self._scheduler.update_from_output(plan, output, stepped_s)
+        step = self._run_engine(plan)
+        events = self._scheduler.update_from_output(plan, step.output, step.ended_s)
+        self._tell(step, events, planning_s=step.began_s - started_s, free_since_s=started_s)
+
+    def close(self) -> None:
+        """Wait for a step that still runs. No call follows."""
+
+    def _tell(
+        self,
+        step: EngineStep,
+        events: Sequence[RequestEvent],
+        *,
+        planning_s: float,
+        free_since_s: float,
+    ) -> None:
+        """Emit the news of a step and report its figures. `free_since_s` is when the engine could
+        have begun it, if it was not busy with another one."""
         if events:
             self._emit(events)
+        if self._free_since_s is not None:
+            free_since_s = self._free_since_s
+        self._free_since_s = step.ended_s if self._scheduler.has_requests else None
+        plan, output = step.plan, step.output
         if plan.scheduled or plan.transfers or output.completed_transfers:
-            schedule_s = (planned_s - started_s) + (self._clock.now_s() - stepped_s)
             load, errors = self._scheduler.load(), self._scheduler.step_errors()
-            self._report(StepFigures(plan, output, schedule_s, load, errors))
+            schedule_s = planning_s + self._clock.now_s() - step.ended_s
+            exposed_s = step.began_s - free_since_s
+            self._report(
+                StepFigures(plan, output, step.began_s, schedule_s, exposed_s, load, errors)
+            )
 
-    def _run_engine(self, plan: SchedulerOutput) -> StepOutput:
-        """Step the engine; an exception of any kind ends this step's requests, not the loop."""
+    def _run_engine(self, plan: SchedulerOutput, began_s: float | None = None) -> EngineStep:
+        """Step the engine; an exception of any kind ends this step's requests, not the loop.
+        `began_s` is when the engine began, if it has."""
+        if began_s is None:
+            began_s = self._clock.now_s()
+        output = self._output_of(plan)
+        return EngineStep(plan, output, began_s, self._clock.now_s())
+
+    def _output_of(self, plan: SchedulerOutput) -> StepOutput:
         try:
             output = self._engine.step(plan)
         except EngineLost:

@@ -20,17 +20,18 @@ import zmq
 from orchestrator.core.errors import NodeUnavailable, ProServeError, RequestRejected
 from orchestrator.core.latency import LatencyProfile
 from orchestrator.core.ports import (
+    AheadScheduler,
     CopyFigures,
     Engine,
     EngineIteration,
     QueueSummary,
     RequestEngine,
     RequestEvent,
-    Scheduler,
     SchedulerLoad,
 )
 from orchestrator.core.request import FinishReason
 from orchestrator.executor import ExecutorLoop, MonotonicClock, StepFigures
+from orchestrator.overlapped_loop import OverlappedLoop
 from orchestrator.request_loop import RequestLoop
 from orchestrator.request_marks import RequestMarks
 from orchestrator.wire import (
@@ -71,7 +72,9 @@ class LoadedEngine(ServedModel):
     """An engine that is stepped, and the scheduler that plans its steps."""
 
     engine: Engine
-    scheduler: Scheduler
+    scheduler: AheadScheduler
+    plans_ahead: bool = False
+    """A step is planned while the one before runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +92,10 @@ class ExecutorServer:
     ) -> None:
         self._socket = socket
         self._clock = MonotonicClock()
+        self._step_ends = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(self._step_ends, zmq.POLLIN)
         self._loop = self._make_loop(loaded)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Command)
@@ -115,17 +122,30 @@ class ExecutorServer:
         Raises:
             EngineError: the engine failed for good.
         """
-        while not self._is_stopping and os.getppid() == self._parent_pid:
-            is_idle = not self._loop.has_requests
-            if is_idle and not self._socket.poll(int(IDLE_REPORT_S * 1000)):
-                self._send(self._load_report(self._loop.load()))
-                continue
-            self._drain_commands()
-            if self._loop.has_requests:
-                self._loop.run_step()
+        try:
+            while not self._is_stopping and os.getppid() == self._parent_pid:
+                is_idle = not self._loop.has_requests
+                if is_idle and not self._socket.poll(int(IDLE_REPORT_S * 1000)):
+                    self._send(self._load_report(self._loop.load()))
+                    continue
+                self._take_commands()
+                if self._loop.has_requests:
+                    self._loop.run_step()
+        finally:
+            self._loop.close()
+            os.close(self._step_ends)
 
     def _make_loop(self, loaded: LoadedEngine | LoadedRequestEngine) -> ExecutorLoop | RequestLoop:
         match loaded:
+            case LoadedEngine(plans_ahead=True):
+                return OverlappedLoop(
+                    loaded.scheduler,
+                    loaded.engine,
+                    clock=self._clock,
+                    emit=self._emit,
+                    report=self._report,
+                    on_step_end=lambda: os.eventfd_write(self._step_ends, 1),
+                )
             case LoadedEngine(scheduler=scheduler, engine=engine):
                 return ExecutorLoop(
                     scheduler,
@@ -143,9 +163,13 @@ class ExecutorServer:
                     report=self._report_iteration,
                 )
 
-    def _drain_commands(self) -> None:
-        while self._socket.poll(0):
-            self._handle(self._decoder.decode(self._socket.recv()))
+    def _take_commands(self) -> None:
+        """Handle what has come, and what comes until the loop has to go on."""
+        while ready := dict(self._poller.poll(int(self._loop.slack_s() * 1000))):
+            if self._socket in ready:
+                self._handle(self._decoder.decode(self._socket.recv()))
+            else:
+                os.eventfd_read(self._step_ends)
 
     def _handle(self, command: Command) -> None:
         match command:
@@ -191,6 +215,7 @@ class ExecutorServer:
                 step_s=output.step_s,
                 predicted_step_s=plan.predicted_step_s,
                 schedule_s=figures.schedule_s,
+                exposed_s=figures.exposed_s,
                 num_scheduled=len(plan.scheduled),
                 num_prefill_tokens=plan.num_new_tokens - num_decode_tokens,
                 num_decode_tokens=num_decode_tokens,
@@ -205,7 +230,7 @@ class ExecutorServer:
                 model_s=output.model_s,
                 errors=figures.errors,
                 load=self._load_report(figures.load),
-                marks=self._marks.of_step(plan, self._clock.now_s() - output.step_s),
+                marks=self._marks.of_step(plan, figures.began_s),
             )
         )
 
@@ -216,6 +241,7 @@ class ExecutorServer:
                 step_s=iteration.step_s,
                 predicted_step_s=None,
                 schedule_s=None,
+                exposed_s=None,
                 num_scheduled=iteration.num_scheduled,
                 num_prefill_tokens=iteration.num_prefill_tokens,
                 num_decode_tokens=iteration.num_decode_tokens,

@@ -153,14 +153,19 @@ class _TokenCounts:
 
     def catch_up(self) -> None:
         """Count the tokens that came since the last call."""
-        request = self.request
-        num_prompt_tokens = request.num_prompt_tokens
-        for position in range(self._position, request.num_tokens):
-            token_id = request.all_token_ids[position]
+        num_prompt_tokens = self.request.num_prompt_tokens
+        token_ids = self.request.all_token_ids
+        for position in range(self._position, len(token_ids)):
+            token_id = token_ids[position]
             slot = self._slots.setdefault(token_id, len(self._slots))
             self._token_ids[slot] = token_id
             self._output_counts[slot] += position >= num_prompt_tokens
-        self._position = request.num_tokens
+        self._position = len(token_ids)
+
+
+def changes_logits(sampling: SamplingParams) -> bool:
+    """Return whether a request with these parameters changes its logits."""
+    return bool(sampling.logit_bias) or sampling.grammar is not None or _has_penalty(sampling)
 
 
 def _has_penalty(sampling: SamplingParams) -> bool:

@@ -105,6 +105,12 @@ class NodeMetrics:
             registry=registry,
             buckets=_SCHEDULE_BUCKETS_S,
         )
+        self._exposed_s = Histogram(
+            "proserve_node_exposed_seconds",
+            "Time before a step in which the engine had nothing to run although there was work.",
+            registry=registry,
+            buckets=_SCHEDULE_BUCKETS_S,
+        )
 
     def request_ended(self, reason: FinishReason, *, priority_class: str) -> None:
         """Count a request's end."""
@@ -120,6 +126,8 @@ class NodeMetrics:
         self._kv.step_done(report)
         if report.schedule_s is not None:
             self._schedule_s.observe(report.schedule_s)
+        if report.exposed_s is not None:
+            self._exposed_s.observe(report.exposed_s)
         self._urgent.set(report.num_urgent)
         self._normal.set(report.num_normal)
         for errors in report.errors:

@@ -120,6 +120,13 @@ class RequestLoop:
         decodes = [r.request for r in self._open.values() if r.has_output]
         return summarise_unplanned(prefills, decodes, self._latency_profile, now_s)
 
+    def slack_s(self) -> float:
+        """Return how long `run_step` may still be put off for the sake of news from outside."""
+        return 0.0
+
+    def close(self) -> None:
+        """Do nothing: what the engine still runs, it ends itself."""
+
     def run_step(self) -> None:
         """Wait shortly for news of the engine and pass them on.
 

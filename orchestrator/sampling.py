@@ -29,9 +29,14 @@ import torch
 
 from orchestrator.core.ports import TokenLogprobs
 from orchestrator.core.request import Request, SamplingParams
-from orchestrator.device_sampling import DrawParameters, draw_on_device, most_likely_on_device
+from orchestrator.device_sampling import (
+    DrawParameters,
+    PendingTokens,
+    draw_on_device,
+    most_likely_on_device,
+)
 from orchestrator.grammars import GrammarCompiler
-from orchestrator.logit_adjustment import LogitAdjuster, SamplingFailed
+from orchestrator.logit_adjustment import LogitAdjuster, SamplingFailed, changes_logits
 
 # 2**40 keeps all 24 bits of a float32 probability down to 1e-5 of the largest, still tells 1e-12
 # from 0, and leaves room for the sum over 2**22 tokens in 63 bits.
@@ -48,8 +53,8 @@ _CPU_ROWS_PER_PASS = 8
 _UINT64 = (1 << 64) - 1
 
 
-Draw = Callable[[torch.Tensor, DrawParameters], list[int]]
-"""Returns one token per row of scores; -1 where the largest score is not finite."""
+Draw = Callable[[torch.Tensor, DrawParameters], PendingTokens]
+"""Begins to draw one token per row of scores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,38 @@ class InvalidLogits(SamplingFailed):
         super().__init__(message, dict.fromkeys(request_ids, message))
 
 
+class Drawing:
+    """Tokens that are being drawn, one for each of some requests."""
+
+    def __init__(
+        self, logits: torch.Tensor, requests: Sequence[Request], tokens: PendingTokens
+    ) -> None:
+        self._logits, self._requests, self._tokens = logits, requests, tokens
+
+    @property
+    def device_ids(self) -> torch.Tensor:
+        """The tokens, (num_requests,), int64, where the logits are; -1 for a request without."""
+        return self._tokens.device_ids
+
+    @property
+    def needs_logits(self) -> bool:
+        """True if `finish` reads the logits again: they must not be overwritten before."""
+        return any(r.spec.sampling.num_logprobs is not None for r in self._requests)
+
+    def wait(self) -> None:
+        """Return when the tokens are drawn."""
+        self._tokens.wait()
+
+    def finish(self) -> list[SampledToken | None]:
+        """Return the token of each request, in order; None if its largest logit is not finite."""
+        token_ids = self._tokens.wait()
+        logprobs = _logprobs(self._logits, self._requests, token_ids)
+        return [
+            SampledToken(token_id, logprobs.get(row)) if token_id >= 0 else None
+            for row, token_id in enumerate(token_ids)
+        ]
+
+
 class Sampler:
     """Draws the next token of each request.
 
@@ -86,7 +123,7 @@ class Sampler:
     ) -> None:
         """Without `grammars`, requests with a grammar fail. `draw_on_cpu` takes the place of this
         module's own steps 4 to 8 for logits in main memory."""
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._sample_on_cpu = _sample_on_cpu
         if draw_on_cpu is not None:
             self._sample_on_cpu = partial(_sample_by, draw_on_cpu)
@@ -100,82 +137,103 @@ class Sampler:
         self._adjuster.prepare(requests)
 
     def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[SampledToken]:
-        """Return the next token of each request, in order.
+        """Return the next token of each request, in order: `begin`, and waiting for it.
+
+        Raises:
+            SamplingFailed: a row's largest logit is NaN or infinite, or its request's grammar
+                cannot be followed.
+            ValueError: `logits` has another shape.
+        """
+        tokens = self.begin(logits, requests).finish()
+        if None in tokens:
+            pairs = zip(requests, tokens, strict=True)
+            raise InvalidLogits([r.request_id for r, token in pairs if token is None])
+        return [token for token in tokens if token is not None]
+
+    def begin(
+        self, logits: torch.Tensor, requests: Sequence[Request], *, is_ahead: bool = False
+    ) -> Drawing:
+        """Begin to draw the next token of each request, in order.
 
         `logits` is (num_requests, vocab_size), float32 or lower, on any device; it is not
         changed. Token i of a request is drawn with a number made from its seed and i alone,
-        where i is the number of tokens it has produced.
+        where i is the number of tokens it has produced. With `is_ahead`, that counts a token whose
+        value is not known yet; `can_begin_ahead` is then true of every request.
 
         Among equal logits, greedy takes the lowest token id; top-k and top-p keep every token
         that ties with the last one they keep.
 
         Raises:
-            SamplingFailed: a row's largest logit is NaN or infinite, or its request's grammar
-                cannot be followed. Nothing was drawn.
+            SamplingFailed: a request's grammar cannot be followed. Nothing was drawn.
             ValueError: `logits` has another shape.
         """
-        if logits.shape != (len(requests), self._vocab_size):
+        if logits.shape != (len(requests), self.vocab_size):
             raise ValueError(
-                f"logits are {tuple(logits.shape)}, expected {(len(requests), self._vocab_size)}"
+                f"logits are {tuple(logits.shape)}, expected {(len(requests), self.vocab_size)}"
             )
         if not requests:
-            return []
+            return Drawing(logits, requests, PendingTokens.drawn([]))
         scores = self._adjuster.adjusted(logits, requests)
         sample = self._sample_on_cpu if scores.is_cpu else sample_on_device
-        token_ids = sample(scores, requests)
-        logprobs = _logprobs(logits, requests, token_ids)
-        return [SampledToken(token_id, logprobs.get(row)) for row, token_id in enumerate(token_ids)]
+        return Drawing(logits, requests, sample(scores, requests, is_ahead=is_ahead))
+
+    def can_begin_ahead(self, request: Request) -> bool:
+        """Return whether a token can be drawn while the values of those before are not known."""
+        return not changes_logits(request.spec.sampling)
 
     def forget(self, request_ids: Collection[str]) -> None:
         """Drop what is kept of these requests; unknown ids are fine."""
         self._adjuster.forget(request_ids)
 
 
-def _sample_on_cpu(scores: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+def _sample_on_cpu(
+    scores: torch.Tensor, requests: Sequence[Request], *, is_ahead: bool
+) -> PendingTokens:
     best_ids, best_scores = _most_likely(scores)
-    _check_finite(torch.isfinite(best_scores).tolist(), requests)
-    token_ids: list[int] = best_ids.tolist()
-    drawn = [row for row, r in enumerate(requests) if not _is_greedy(r.spec.sampling)]
+    token_ids: list[int] = torch.where(torch.isfinite(best_scores), best_ids, -1).tolist()
+    drawn = [
+        row
+        for row, r in enumerate(requests)
+        if not _is_greedy(r.spec.sampling) and token_ids[row] >= 0
+    ]
     for start in range(0, len(drawn), _CPU_ROWS_PER_PASS):
         rows = drawn[start : start + _CPU_ROWS_PER_PASS]
         drawn_ids = _draw(
             _take_rows(scores, rows),
             _take_rows(best_scores, rows),
             [requests[row] for row in rows],
+            is_ahead=is_ahead,
         )
         for row, token_id in zip(rows, drawn_ids, strict=True):
             token_ids[row] = token_id
-    return token_ids
+    return PendingTokens.drawn(token_ids)
 
 
-def sample_on_device(scores: torch.Tensor, requests: Sequence[Request]) -> list[int]:
-    """Return the next token of each request, as `Sampler.sample` draws it on CUDA: the host waits
-    for these tokens and nothing else.
-
-    Raises:
-        InvalidLogits: a row's largest score is NaN or infinite.
-    """
+def sample_on_device(
+    scores: torch.Tensor, requests: Sequence[Request], *, is_ahead: bool = False
+) -> PendingTokens:
+    """Begin to draw the next token of each request, as `Sampler.begin` does on CUDA: the host only
+    queues."""
     if all(_is_greedy(r.spec.sampling) for r in requests):
-        token_ids = most_likely_on_device(scores)
-        _check_finite([token_id >= 0 for token_id in token_ids], requests)
-        return token_ids
-    return _sample_by(partial(draw_on_device, max_weight=_MAX_WEIGHT), scores, requests)
+        return most_likely_on_device(scores)
+    draw = partial(draw_on_device, max_weight=_MAX_WEIGHT)
+    return _sample_by(draw, scores, requests, is_ahead=is_ahead)
 
 
-def _sample_by(draw: Draw, scores: torch.Tensor, requests: Sequence[Request]) -> list[int]:
-    token_ids = draw(scores, _draw_parameters(requests))
-    _check_finite([token_id >= 0 for token_id in token_ids], requests)
-    return token_ids
+def _sample_by(
+    draw: Draw, scores: torch.Tensor, requests: Sequence[Request], *, is_ahead: bool
+) -> PendingTokens:
+    return draw(scores, _draw_parameters(requests, is_ahead=is_ahead))
 
 
-def _draw_parameters(requests: Sequence[Request]) -> DrawParameters:
+def _draw_parameters(requests: Sequence[Request], *, is_ahead: bool) -> DrawParameters:
     params = [r.spec.sampling for r in requests]
     is_greedy = [_is_greedy(p) for p in params]
     if all(is_greedy):
         nothing = np.zeros(len(params))
         return DrawParameters(nothing + 1, nothing, nothing, nothing, nothing, nothing)
     fractions = [
-        0.0 if greedy else uniform(r.spec.sampling.seed, r.num_output_tokens)
+        0.0 if greedy else _fraction(r, is_ahead=is_ahead)
         for r, greedy in zip(requests, is_greedy, strict=True)
     ]
     return DrawParameters(
@@ -188,11 +246,11 @@ def _draw_parameters(requests: Sequence[Request]) -> DrawParameters:
     )
 
 
-def _check_finite(is_finite: Sequence[bool], requests: Sequence[Request]) -> None:
-    if not all(is_finite):
-        raise InvalidLogits(
-            [r.request_id for r, finite in zip(requests, is_finite, strict=True) if not finite]
-        )
+def _fraction(request: Request, *, is_ahead: bool) -> float:
+    """Return the number that draws the request's next token."""
+    # Not `num_output_tokens`, but ahead: the token that is pending may be this one.
+    num_tokens = len(request.output_token_ids) + (is_ahead and request.has_pending_token)
+    return uniform(request.spec.sampling.seed, num_tokens)
 
 
 def uniform(seed: int, index: int) -> float:
@@ -231,7 +289,11 @@ def _most_likely(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _draw(
-    scores: torch.Tensor, best_scores: torch.Tensor, requests: Sequence[Request]
+    scores: torch.Tensor,
+    best_scores: torch.Tensor,
+    requests: Sequence[Request],
+    *,
+    is_ahead: bool,
 ) -> list[int]:
     """Return one token id per row, drawn by inverse CDF in the order of token ids."""
     params = [r.spec.sampling for r in requests]
@@ -254,9 +316,7 @@ def _draw(
 
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1:]
-    fraction = column(
-        [uniform(r.spec.sampling.seed, r.num_output_tokens) for r in requests], torch.float64
-    )
+    fraction = column([_fraction(r, is_ahead=is_ahead) for r in requests], torch.float64)
     # The product may round up to `total`, which lies behind the last token.
     target = torch.minimum((total * fraction).to(torch.int64), total - 1)
     token_ids: list[int] = torch.searchsorted(cumulative, target, right=True).squeeze(-1).tolist()
@@ -314,11 +374,11 @@ def _nucleus_floor(weights: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
 def _logprobs(
     logits: torch.Tensor, requests: Sequence[Request], token_ids: Sequence[int]
 ) -> dict[int, TokenLogprobs]:
-    """Return row -> log-probabilities, for the rows whose request asked."""
+    """Return row -> log-probabilities, for the rows with a token whose request asked."""
     num_tops = {
         row: num_top
         for row, r in enumerate(requests)
-        if (num_top := r.spec.sampling.num_logprobs) is not None
+        if (num_top := r.spec.sampling.num_logprobs) is not None and token_ids[row] >= 0
     }
     if not num_tops:
         return {}

@@ -265,6 +265,10 @@ class StepReport(msgspec.Struct, frozen=True, tag=True):
     schedule_s: float | None
     """Time spent planning and accounting; None if the engine schedules by itself."""
 
+    exposed_s: float | None
+    """Time before the step in which the engine had nothing to run although there was work; None
+    likewise."""
+
     num_scheduled: int
     num_prefill_tokens: int
     num_decode_tokens: int

@@ -3,7 +3,7 @@
 Token i of a request is `prompt[0] + i`, so a test knows every token. A prompt that ends with one
 of the ids below makes the step that computes it misbehave. Runs as an executor process too:
 
-    python -m tests.scripted_engine ADDRESS
+    python -m tests.scripted_engine [plan-ahead] ADDRESS
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class ScriptedEngine:
             if prompt[-1] == REFUSE:
                 failed[part.request_id] = "as the prompt asked"
             elif part.is_sampled:
-                new_token_ids[part.request_id] = (prompt[0] + part.request.num_output_tokens,)
+                new_token_ids[part.request_id] = (prompt[0] + len(part.request.output_token_ids),)
         return StepOutput(plan.step_id, new_token_ids, step_s=self._step_s, failed=failed)
 
     def close(self) -> None:
@@ -80,8 +80,9 @@ def load() -> LoadedEngine:
         model="scripted",
         latency_profile=profile,
         manifest_sha256="0" * 64,
+        plans_ahead="plan-ahead" in sys.argv,
     )
 
 
 if __name__ == "__main__":
-    sys.exit(run_executor(sys.argv[1], load))
+    sys.exit(run_executor(sys.argv[-1], load))

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 
 from engines.torch_engine.cpu_library import load_library
-from orchestrator.device_sampling import DrawParameters
+from orchestrator.device_sampling import DrawParameters, PendingTokens
 
 
 def draw_on_cpu(
     scores: torch.Tensor, parameters: DrawParameters, *, largest: torch.Tensor | None = None
-) -> list[int]:
-    """Return one token per row of (num_rows, vocab_size); -1 where the largest score is not finite.
+) -> PendingTokens:
+    """Draw one token per row of (num_rows, vocab_size); -1 where the largest score is not finite.
 
     `largest` is the largest of every 32 scores, (num_rows, vocab_size / 32), rounded up: with it,
     a greedy row need not be read again.
@@ -34,5 +34,4 @@ def draw_on_cpu(
         1 if largest is not None and p.is_greedy.all() else min(torch.get_num_threads(), num_rows),
         token_ids.ctypes.data,
     )
-    numbers: list[int] = token_ids.tolist()
-    return numbers
+    return PendingTokens.drawn(token_ids.tolist())

@@ -15,7 +15,7 @@ from engines.kv_copies import KVCopies
 from engines.kv_pool import KVLayout, KVPool
 from engines.kv_sizing import check_main_memory, count_device_blocks
 from engines.manifest import read_manifest
-from engines.step_runner import StepLogits, StepRunner
+from engines.step_runner import ComputeAhead, StepLogits, StepRunner
 from engines.torch_engine.batch import build_batch
 from engines.torch_engine.config import LlamaConfig
 from engines.torch_engine.cpu_decoder import CpuDecoder
@@ -35,6 +35,7 @@ from orchestrator.core.ports import (
     StepOutput,
 )
 from orchestrator.grammars import GrammarCompiler
+from orchestrator.sampling import Sampler
 
 if TYPE_CHECKING:
     from engines.torch_engine.triton_decoder import TritonDecoder
@@ -50,7 +51,7 @@ class TorchEngineOptions(EngineOptions):
     """How to run an engine directory of the embedded engine on this machine."""
 
     dtype: Dtype
-    """Of weights, computation and KV cache. `int8`, on CPUs with AVX-512 VNNI: matrices in 8 bits,
+    """Of weights, computation and KV cache. `int8`, on CPUs with AVX2: matrices in 8 bits,
     or 4 where that loses nothing, and their inputs in 8; the KV cache in bfloat16."""
 
     num_threads: int | None = None
@@ -82,6 +83,11 @@ class Decoder(Protocol):
         """
         ...
 
+    @property
+    def compute_ahead(self) -> ComputeAhead | None:
+        """Computes behind a step whose tokens are not known yet; None if that cannot be done."""
+        ...
+
     def close(self) -> None:
         """Release what it holds. No call follows."""
         ...
@@ -89,6 +95,8 @@ class Decoder(Protocol):
 
 class PlainDecoder:
     """The readable decoder, by PyTorch's own operators."""
+
+    compute_ahead = None
 
     def __init__(self, decoder: LlamaDecoder, pool: KVPool) -> None:
         self._decoder, self._pool = decoder, pool
@@ -122,7 +130,8 @@ def kv_block_bytes(engine_dir: Path, dtype: Dtype) -> int:
 
 
 class TorchEngine:
-    """Runs steps of a Llama-family model. One thread may use it at a time."""
+    """Runs steps of a Llama-family model. One thread may use it at a time; another one may call
+    `launch_ahead` meanwhile."""
 
     def __init__(
         self,
@@ -173,13 +182,13 @@ class TorchEngine:
             num_layer_groups=num_layer_groups,
             grammar_obstacle="it has no tokenizer" if grammars is None else grammars.obstacle,
         )
+        draw_on_cpu = self._decoder.draw if isinstance(self._decoder, CpuDecoder) else None
         self._runner = StepRunner(
             self.capabilities,
             self._copies,
-            vocab_size=config.vocab_size,
+            Sampler(config.vocab_size, grammars, draw_on_cpu=draw_on_cpu),
             compute=self._compute,
-            grammars=grammars,
-            draw_on_cpu=self._decoder.draw if isinstance(self._decoder, CpuDecoder) else None,
+            compute_ahead=self._decoder.compute_ahead,
         )
 
     @classmethod
@@ -216,8 +225,13 @@ class TorchEngine:
         """
         return self._runner.run(plan)
 
+    def launch_ahead(self, plan: SchedulerOutput) -> bool:
+        """Begin a step behind the one that runs, on CUDA; see `StepRunner.launch_ahead`."""
+        return self._runner.launch_ahead(plan)
+
     def close(self) -> None:
         """Release the model, the KV pool and the copying threads. No call follows."""
+        self._runner.close()
         self._copies.close()
         self._decoder.close()
         self._pool.close()

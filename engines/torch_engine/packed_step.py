@@ -18,6 +18,7 @@ from orchestrator.core.ports import ScheduledRequest
 # 128 bytes. Triton compiles a kernel anew for pointers that are not aligned to 16.
 _ALIGNMENT = 32
 _NO_SLOT = -1
+_NOT_FED = -1
 
 MAX_BUCKET = 256
 """Larger batches of decodes run without a graph: their kernels outlast their launch."""
@@ -38,7 +39,8 @@ def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
 class PackedStep:
     """The arrays of one step, int32, decodes first, then prefill pieces."""
 
-    token_ids: NDArray[np.int32]  # (num_tokens,)
+    token_ids: NDArray[np.int32]  # (num_tokens,); of no meaning where the token is fed
+    fed_rows: NDArray[np.int32]  # (num_decodes,), see `engines.step_runner.Feed`
     positions: NDArray[np.int32]  # (num_tokens,)
     slots: NDArray[np.int32]  # (num_tokens,), block * block_size_tokens + place; negative: none
     context_lens: NDArray[np.int32]  # (num_decodes,), with this step's token; 0 for padding
@@ -94,10 +96,15 @@ class _Row:
 
 
 def pack_decodes(
-    parts: Sequence[ScheduledRequest], block_tables: HostBlockTables, *, bucket: int
+    parts: Sequence[ScheduledRequest],
+    block_tables: HostBlockTables,
+    *,
+    bucket: int,
+    fed_rows: Sequence[int] | None = None,
 ) -> PackedStep:
-    """Return the arrays of decodes alone, at most `bucket`, padded to it."""
-    step = pack_step(parts, (), block_tables, sampled_rows=())
+    """Return the arrays of decodes alone, at most `bucket`, padded to it. `fed_rows` tells whose
+    tokens the device has; None if it has none."""
+    step = pack_step(parts, (), block_tables, sampled_rows=(), fed_rows=fed_rows)
     padding = bucket - len(parts)
     if padding == 0:
         return step
@@ -108,6 +115,7 @@ def pack_decodes(
     return replace(
         step,
         token_ids=padded(step.token_ids),
+        fed_rows=padded(step.fed_rows, _NOT_FED),
         positions=padded(step.positions),
         slots=padded(step.slots, _NO_SLOT),
         context_lens=padded(step.context_lens),
@@ -122,13 +130,18 @@ def pack_step(
     *,
     sampled_rows: Sequence[int],
     tile_queries: int = 1,
+    fed_rows: Sequence[int] | None = None,
 ) -> PackedStep:
     """Return the arrays of decodes (`parts`, of one new token each) and prefill pieces, which are
     cut into tiles of at most `tile_queries` tokens."""
     tables = block_tables.update([*parts, *pieces])
     num_decodes, width = len(parts), tables.shape[1]
     starts = np.array([part.num_computed_tokens for part in parts], np.int32)
-    token_ids = [part.request.all_token_ids[part.num_computed_tokens] for part in parts]
+    fed_rows = [_NOT_FED] * num_decodes if fed_rows is None else fed_rows
+    token_ids = [
+        part.request.all_token_ids[part.num_computed_tokens] if row == _NOT_FED else 0
+        for part, row in zip(parts, fed_rows, strict=True)
+    ]
     positions, owners = starts, np.arange(num_decodes)
     if pieces:
         counts = np.array([piece.num_new_tokens for piece in pieces])
@@ -145,6 +158,7 @@ def pack_step(
     block_size = block_tables.block_size_tokens
     return PackedStep(
         token_ids=np.array(token_ids, np.int32),
+        fed_rows=np.array(fed_rows, np.int32),
         positions=positions.astype(np.int32),
         slots=tables[owners, positions // block_size] * block_size + positions % block_size,
         context_lens=starts + 1,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from engines.kv_pool import KVPool
-from engines.step_runner import StepLogits
+from engines.step_runner import Feed, StepLogits
 from engines.torch_engine.config import LlamaConfig
 from engines.torch_engine.model import rope_tables
 from engines.torch_engine.packed_step import (
@@ -86,7 +86,7 @@ class TritonDecoder:
         self._tables = HostBlockTables(max_num_seqs, max_model_len, pool.layout.block_size_tokens)
         max_blocks = -(-max_model_len // pool.layout.block_size_tokens)
         # Per token: id, position, slot, and at worst a tile of its own. Per request: the rest.
-        max_entries = 7 * (max_num_batched_tokens + max_num_seqs) + max_num_seqs * (max_blocks + 3)
+        max_entries = 7 * (max_num_batched_tokens + max_num_seqs) + max_num_seqs * (max_blocks + 4)
         self._upload = StepUpload(max_entries, device)
         self._num_multiprocessors = _CPU_MULTIPROCESSORS
         self._buckets = decode_buckets(max_num_seqs)
@@ -111,9 +111,7 @@ class TritonDecoder:
         """
         pieces = [part for part in parts if part.num_new_tokens > 1]
         if before_layer is None and not pieces and len(parts) <= self._buckets[-1]:
-            bucket = next(size for size in self._buckets if size >= len(parts))
-            self._upload.upload(pack_decodes(parts, self._tables, bucket=bucket))
-            return StepLogits(parts, self._decodes[bucket]()[: len(parts)])
+            return self._compute_decodes(parts, None)
         decodes = [part for part in parts if part.num_new_tokens == 1]
         sampled, rows = sampled_of([*decodes, *pieces])
         longest = max((piece.num_new_tokens for piece in pieces), default=1)
@@ -121,6 +119,25 @@ class TritonDecoder:
         step = pack_step(decodes, pieces, self._tables, sampled_rows=rows, tile_queries=max_queries)
         batch = _batch(self._upload.upload(step), max_queries, is_decoding=False)
         return StepLogits(sampled, self._forward(batch, before_layer))
+
+    def compute_ahead(self, parts: Sequence[ScheduledRequest], feed: Feed) -> StepLogits | None:
+        """Begin to compute decodes, some of whose tokens are the step's before and not known to
+        the host; None if there is no graph for so many. See `engines.step_runner.ComputeAhead`."""
+        if len(parts) > self._buckets[-1]:
+            return None
+        return self._compute_decodes(parts, feed)
+
+    def _compute_decodes(self, parts: Sequence[ScheduledRequest], feed: Feed | None) -> StepLogits:
+        bucket = next(size for size in self._buckets if size >= len(parts))
+        fed_rows = None if feed is None else feed.rows
+        step = pack_decodes(parts, self._tables, bucket=bucket, fed_rows=fed_rows)
+        arrays = self._upload.upload(step)
+        if feed is not None:
+            rows, token_ids = arrays["fed_rows"], arrays["token_ids"]
+            # Where there is none, any token will do: nobody waits for what comes of it.
+            fed = feed.token_ids[rows.clamp(min=0)].clamp_(min=0).to(token_ids.dtype)
+            token_ids.copy_(torch.where(rows >= 0, fed, token_ids))
+        return StepLogits(parts, self._decodes[bucket]()[: len(parts)])
 
     def close(self) -> None:
         """Release the graphs and their memory. No call follows."""

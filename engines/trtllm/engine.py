@@ -27,6 +27,7 @@ from orchestrator.core.ports import (
     StepOutput,
 )
 from orchestrator.grammars import GrammarCompiler
+from orchestrator.sampling import Sampler
 
 
 def load_rank(engine_dir: Path, options: EngineOptions, place: RankPlace) -> LoadedRank:
@@ -109,9 +110,8 @@ class TrtLlmEngine:
         self._runner = StepRunner(
             self.capabilities,
             copies,
-            vocab_size=config.vocab_size,
+            Sampler(config.vocab_size, grammars),
             compute=self._compute,
-            grammars=grammars,
         )
 
     def step(self, plan: SchedulerOutput) -> StepOutput:

@@ -31,7 +31,7 @@ from orchestrator.config import (
 from orchestrator.core.errors import ConfigError, EngineDirectoryError, EngineError
 from orchestrator.core.kv_transfer import CopyProfile
 from orchestrator.core.latency import BatchLatencyModel
-from orchestrator.core.ports import Engine, EngineCapabilities, Scheduler
+from orchestrator.core.ports import AheadScheduler, Engine, EngineCapabilities
 from orchestrator.core.scheduler_factory import make_scheduler
 from orchestrator.executor_process import LoadedEngine, LoadedRequestEngine
 
@@ -205,6 +205,7 @@ def _under_scheduler(config: NodeConfig, engine: Engine, manifest: EngineManifes
         model=manifest.model_name,
         latency_profile=manifest.latency_profile,
         manifest_sha256=_manifest_sha256(config),
+        plans_ahead=config.plans_ahead(),
     )
 
 
@@ -213,7 +214,7 @@ def _make_scheduler(
     capabilities: EngineCapabilities,
     model: BatchLatencyModel,
     copies: CopyProfile | None,
-) -> Scheduler:
+) -> AheadScheduler:
     try:
         scheduler = make_scheduler(
             config.scheduler, config.scheduler_options(), capabilities, model

@@ -213,12 +213,12 @@ PANELS = (
         ),
     ),
     Panel(
-        "Time between the engine's steps, for scheduling, of all",
+        "Time in which the engine waits for its next step, of all",
         "percentunit",
         (
             Series(
-                "sum by (instance) (rate(proserve_node_schedule_seconds_sum[5m])) / "
-                "(sum by (instance) (rate(proserve_node_schedule_seconds_sum[5m])) + "
+                "sum by (instance) (rate(proserve_node_exposed_seconds_sum[5m])) / "
+                "(sum by (instance) (rate(proserve_node_exposed_seconds_sum[5m])) + "
                 "sum by (instance) (rate(proserve_node_step_seconds_sum[5m])))",
                 "{{instance}}",
             ),
@@ -295,11 +295,11 @@ ALERTS = (
     ),
     Alert(
         "ProServeSchedulingSlow",
-        "sum by (instance) (rate(proserve_node_schedule_seconds_sum[5m])) / "
+        "sum by (instance) (rate(proserve_node_exposed_seconds_sum[5m])) / "
         "sum by (instance) (rate(proserve_node_step_seconds_sum[5m])) > 0.2",
         600,
         "warning",
-        "Node {{ $labels.instance }} spends more than a fifth of its steps' time on scheduling.",
+        "The engine of node {{ $labels.instance }} waits a fifth of its steps' time for the next.",
         "Its machine may be too busy with something else.",
     ),
     Alert(

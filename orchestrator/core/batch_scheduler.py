@@ -36,6 +36,7 @@ from orchestrator.core.request import FinishReason, Request, RequestStatus
 from orchestrator.core.request_table import Flags, Floats, RequestTable
 from orchestrator.core.slo import DeadlineAnchor
 from orchestrator.core.step_builder import StepBuilder, is_decode_step
+from orchestrator.core.step_progress import ProgressListener, StepProgress
 
 
 class BatchScheduler(ABC):
@@ -56,7 +57,7 @@ class BatchScheduler(ABC):
         self._model = model.fresh()
         self._scan_limit = scan_limit
         self._table = RequestTable(anchor)
-        self._kv_planner = self._make_kv_planner(RECOMPUTE, None)
+        self._use(self._make_kv_planner(RECOMPUTE, None))
         self._finished_ids: list[str] = []
         self._next_step_id = 0
         self._budget_s = math.inf
@@ -69,7 +70,7 @@ class BatchScheduler(ABC):
         long copies take; without, and on engines without host blocks, none are made.
         """
         assert not self.has_requests, "KV options are set before the first request"
-        self._kv_planner = self._make_kv_planner(options, copies)
+        self._use(self._make_kv_planner(options, copies))
 
     def _make_kv_planner(self, options: KVCacheOptions, copies: CopyProfile | None) -> KVPlanner:
         return KVPlanner(
@@ -80,6 +81,11 @@ class BatchScheduler(ABC):
             copies=copies,
             claims=Claims(self._claim, self._may_claim),
         )
+
+    def _use(self, kv_planner: KVPlanner) -> None:
+        self._kv_planner = kv_planner
+        listener = ProgressListener(self._on_output, self._finish)
+        self._progress = StepProgress(self._table, kv_planner, self._model, listener)
 
     @property
     def _kv(self) -> KVCacheManager:
@@ -116,7 +122,7 @@ class BatchScheduler(ABC):
     def add_request(self, request: Request) -> None:
         """Take in a new request. See `core.ports.Scheduler`."""
         check_request(request.spec, self._capabilities)
-        if request.request_id in self._table:
+        if request.request_id in self._table or self._progress.gets_last(request.request_id):
             raise RequestRejected(
                 f"request id {request.request_id!r} is already in use on this node",
                 field="request_id",
@@ -128,7 +134,7 @@ class BatchScheduler(ABC):
     @final
     def abort_request(self, request_id: str) -> RequestEvent | None:
         """End a request and free its blocks; None if it is unknown or has already ended."""
-        request = self._table.get(request_id)
+        request = self._table.get(request_id) or self._progress.take_last(request_id)
         if request is None:
             return None
         self._finish(request)
@@ -137,7 +143,7 @@ class BatchScheduler(ABC):
     @final
     def schedule(self, now_s: float) -> SchedulerOutput:
         """Plan the next step. See `core.ports.Scheduler`."""
-        if not self.has_requests:
+        if not len(self._table):
             return self._plan(None, ScheduleReasons())
         ranking = self._rank(now_s)
         self._budget_s = ranking.rules.budget_s
@@ -185,51 +191,26 @@ class BatchScheduler(ABC):
         self, plan: SchedulerOutput, output: StepOutput, now_s: float
     ) -> list[RequestEvent]:
         """Account for a finished step and return the news, in scheduling order."""
-        lost_ids = self._kv_planner.end_transfers(
-            output.completed_transfers, output.failed_transfers
-        )
-        # A step that failed, wholly or in part, did not do the work that was priced; nor is
-        # waiting for copies part of it.
-        computed_s = output.step_s - output.copies.exposed_s
-        if not output.failed and not lost_ids and 0 < computed_s < math.inf:
-            self._model.observe(plan.shape, computed_s)
-        events: list[RequestEvent] = []
-        decoded_ids: list[str] = []
-        has_keys = self._kv.has_keys
-        for part in plan.scheduled:
-            request = part.request
-            if request.status is RequestStatus.FINISHED:
-                continue
-            request_id = request.spec.request_id
-            if lost_ids and request_id in lost_ids:
-                continue
-            if output.failed and request_id in output.failed:
-                self._finish(request)
-                error = output.failed[request_id]
-                events.append(RequestEvent(request_id, (), (), FinishReason.ERROR, error))
-                continue
-            # Asked before the new token is known: a sampled part reaches the last one.
-            is_sampled = part.is_sampled
-            is_plain_decode = part.num_new_tokens == 1 and is_sampled and request.is_decoding
-            request.num_computed_tokens += part.num_new_tokens
-            if has_keys:
-                self._kv.name_full_blocks(request)
-            if is_sampled:
-                event = self._accept_tokens(request, output, now_s)
-                events.append(event)
-                if event.finish_reason is not None:
-                    continue
-            if is_plain_decode:
-                decoded_ids.append(request_id)
-            else:
-                self._table.refresh(request)
-        self._table.advance_decodes(decoded_ids)
-        return events
+        return self._progress.settle(plan, output, now_s)
+
+    @final
+    def begin(self, plan: SchedulerOutput, expected_end_s: float) -> None:
+        """Take a step as done but for its tokens' values. See `core.ports.AheadScheduler`."""
+        self._progress.begin(plan, expected_end_s)
+
+    @final
+    def revise(self, plan: SchedulerOutput) -> SchedulerOutput | None:
+        """Return what is left of a plan made ahead. See `core.ports.AheadScheduler`."""
+        plan = self._progress.revise(plan)
+        if plan.scheduled or plan.transfers or plan.preempted_ids:
+            return plan
+        self._finished_ids = [*plan.finished_ids, *self._finished_ids]
+        return None
 
     @final
     def load(self) -> SchedulerLoad:
         """Return what is queued and running now."""
-        return scheduler_load(self._table, self._kv)
+        return scheduler_load(self._table, self._kv, num_last=self._progress.num_last)
 
     @final
     def queue_summary(self, now_s: float) -> QueueSummary:
@@ -244,7 +225,7 @@ class BatchScheduler(ABC):
     @property
     def has_requests(self) -> bool:
         """True while any request has not ended."""
-        return len(self._table) > 0
+        return len(self._table) + self._progress.num_last > 0
 
     def check_integrity(self) -> None:
         """Prove the accounting: blocks add up, each live request holds what it computed, and the
@@ -411,27 +392,6 @@ class BatchScheduler(ABC):
         self._finished_ids = []
         self._next_step_id += 1
         return plan
-
-    def _accept_tokens(self, request: Request, output: StepOutput, now_s: float) -> RequestEvent:
-        request_id = request.spec.request_id
-        token_ids = output.new_token_ids[request_id]
-        sampling = request.spec.sampling
-        finish_reason: FinishReason | None = None
-        for token_id in token_ids:
-            request.append_output_token(token_id, now_s)
-            if token_id in sampling.stop_token_ids:
-                finish_reason = FinishReason.STOP
-            elif len(request.output_token_ids) == sampling.max_tokens:
-                finish_reason = FinishReason.LENGTH
-        self._on_output(request, len(token_ids))
-        if finish_reason is not None:
-            self._finish(request)
-        return RequestEvent(
-            request_id,
-            new_token_ids=token_ids,
-            logprobs=output.logprobs.get(request_id, ()) if output.logprobs else (),
-            finish_reason=finish_reason,
-        )
 
     def _finish(self, request: Request) -> None:
         self._kv_planner.forget(request)

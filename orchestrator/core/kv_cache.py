@@ -238,6 +238,12 @@ class KVCacheManager:
         self._keys_arriving.update(moved)
         return self._begin(request_id, TransferDirection.ONBOARD, device_ids, host_ids, moved)
 
+    def num_offloaded_blocks(self, request: Request) -> int:
+        """Return how many first blocks of a request, of those that can be found, need not be
+        copied to the host: they are there, on their way, or more than it has."""
+        num_named = self._num_named.get(request.request_id, 0)
+        return num_named - self.num_offloadable_blocks(request)
+
     def num_offloadable_blocks(self, request: Request) -> int:
         """Return how many full blocks of a request are neither on the host nor on their way."""
         num_full = min(self._num_named.get(request.request_id, 0), self.num_host_blocks)

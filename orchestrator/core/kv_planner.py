@@ -248,9 +248,7 @@ class KVPlanner:
                 break
             request = table.requests[row]
             transfer = self.kv.offload(request, budget)
-            table.num_offloaded_blocks[row] = num_full[row] - self.kv.num_offloadable_blocks(
-                request
-            )
+            table.num_offloaded_blocks[row] = self.kv.num_offloaded_blocks(request)
             if transfer is not None:
                 self.step.transfers.append(transfer)
                 budget -= len(transfer.device_block_ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from orchestrator.core.kv_state import KVBlockCounts
 from orchestrator.core.kv_transfer import KVTransfer
@@ -57,7 +57,8 @@ class ScheduledRequest:
     """
 
     request: Request
-    """Read-only for the engine."""
+    """Read-only for the engine, whose `step` looks at its spec and its lists of tokens alone: those
+    do not change while it runs, whereas the rest may, if the next step is planned meanwhile."""
 
     num_computed_tokens: int
     """Tokens already in the KV cache when the step begins."""
@@ -336,6 +337,24 @@ class Scheduler(Protocol):
         ...
 
 
+class AheadScheduler(Scheduler, Protocol):
+    """A scheduler that can plan a step while the one before runs.
+
+    Calls are then, for each step: `schedule`, before the step before has ended; once that is
+    accounted for with `update_from_output`, `revise`; when what is left has started, `begin`.
+    """
+
+    def begin(self, plan: SchedulerOutput, expected_end_s: float) -> None:
+        """Take a step that has just started as done at that time, but for the values of its
+        tokens, which are not known yet: the next `schedule` builds on it."""
+        ...
+
+    def revise(self, plan: SchedulerOutput) -> SchedulerOutput | None:
+        """Return what is left of a plan that `schedule` made before the step before had ended:
+        without requests that have ended or lost their KV since. None if nothing is left to do."""
+        ...
+
+
 class Engine(Protocol):
     """Runs steps on a model."""
 
@@ -357,6 +376,19 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release memory and threads. No call follows."""
+        ...
+
+
+@runtime_checkable
+class LaunchesAhead(Protocol):
+    """What an engine can do besides, if it computes asynchronously."""
+
+    def launch_ahead(self, plan: SchedulerOutput) -> bool:
+        """Begin a step behind the one that runs, whose tokens are not known yet: the device takes
+        them from where it draws them (`Request.has_pending_token` tells of whom). False, and
+        nothing was begun, if the engine has to know them. Any thread may call it while another is
+        in `step`, whose next call is for what `AheadScheduler.revise` has left of this plan, and
+        waits for its tokens; or for another plan, and they are forgotten."""
         ...
 
 

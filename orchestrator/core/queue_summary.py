@@ -29,14 +29,15 @@ class _Queue(TypedDict):
     num_prefills: tuple[int, ...]
 
 
-def scheduler_load(table: RequestTable, kv: KVCacheManager) -> SchedulerLoad:
-    """Return what a scheduler's table and cache hold."""
+def scheduler_load(table: RequestTable, kv: KVCacheManager, *, num_last: int) -> SchedulerLoad:
+    """Return what a scheduler's table and cache hold, and so many requests that are in the table
+    no more, as they get their last token from the step that runs."""
     is_prefill = table.num_output_tokens == 0
-    num_running = int(np.count_nonzero(table.num_blocks))
+    num_holders = int(np.count_nonzero(table.num_blocks))
     return SchedulerLoad(
-        num_waiting=len(table) - num_running,
-        num_running=num_running,
-        num_decoding=len(table) - int(np.count_nonzero(is_prefill)),
+        num_waiting=len(table) - num_holders,
+        num_running=num_holders + num_last,
+        num_decoding=len(table) - int(np.count_nonzero(is_prefill)) + num_last,
         num_queued_prompt_tokens=int(table.num_uncomputed_tokens[is_prefill].sum()),
         num_free_device_blocks=kv.num_free_device_blocks,
         num_device_blocks=kv.num_device_blocks,

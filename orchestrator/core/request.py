@@ -134,6 +134,10 @@ class Request:
     num_computed_tokens: int = 0
     """Tokens whose KV is on the device."""
 
+    has_pending_token: bool = False
+    """The step that runs gives it a token whose value is not known yet. The properties below count
+    it; the lists do not have it."""
+
     status: RequestStatus = RequestStatus.WAITING
     first_token_s: float | None = None
     num_preemptions: int = 0
@@ -175,22 +179,34 @@ class Request:
     @property
     def num_tokens(self) -> int:
         """Tokens known so far: prompt and output."""
-        return len(self.all_token_ids)
+        return len(self.all_token_ids) + self.has_pending_token
 
     @property
     def num_output_tokens(self) -> int:
         """Tokens produced so far."""
-        return len(self.output_token_ids)
+        return len(self.output_token_ids) + self.has_pending_token
 
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens that still have to go through the model before the next one can be sampled."""
-        return len(self.all_token_ids) - self.num_computed_tokens
+        return len(self.all_token_ids) + self.has_pending_token - self.num_computed_tokens
 
     @property
     def is_decoding(self) -> bool:
         """True once a token was produced, whatever happened to the KV since (OC-11)."""
-        return bool(self.output_token_ids)
+        return self.has_pending_token or bool(self.output_token_ids)
+
+    def expect_token(self, at_s: float) -> None:
+        """Count a token that is being produced, as if it came at that time."""
+        self.has_pending_token = True
+        if self.first_token_s is None:
+            self.first_token_s = at_s
+
+    def expect_nothing(self) -> None:
+        """Take back `expect_token`, if there was one."""
+        self.has_pending_token = False
+        if not self.output_token_ids:
+            self.first_token_s = None
 
     def append_output_token(self, token_id: int, now_s: float) -> None:
         """Add one produced token; the first one also sets `first_token_s`."""

@@ -79,8 +79,8 @@ class NodeFigures(msgspec.Struct, frozen=True):
     recent_tokens_per_s: float | None = None
     recent_step_ms: float | None = None
     recent_predicted_step_ms: float | None = None
-    recent_schedule_share: float | None = None
-    """Time between the engine's steps, in which it waits for the scheduler, of all time."""
+    recent_exposed_share: float | None = None
+    """Time in which the engine waits for its next step although there is work, of all time."""
 
 
 class RequestRow(msgspec.Struct, frozen=True):
@@ -223,7 +223,7 @@ def _node_figures(
         return max(0.0, value(metric, **labels) - was)
 
     interval_s = now.at_unix_s - before.at_unix_s if earlier is not None else 0.0
-    num_steps, schedule_s = growth("step_seconds_count"), growth("schedule_seconds_sum")
+    num_steps, exposed_s = growth("step_seconds_count"), growth("exposed_seconds_sum")
     step_s = growth("step_seconds_sum")
     return msgspec.structs.replace(
         known,
@@ -249,7 +249,7 @@ def _node_figures(
         recent_tokens_per_s=_ratio(growth("tokens_total"), interval_s),
         recent_step_ms=_ratio(1e3 * step_s, num_steps),
         recent_predicted_step_ms=_ratio(1e3 * growth("step_predicted_seconds_total"), num_steps),
-        recent_schedule_share=_ratio(schedule_s, schedule_s + step_s),
+        recent_exposed_share=_ratio(exposed_s, exposed_s + step_s),
     )
 
 

@@ -19,6 +19,7 @@ from orchestrator.core.ports import Engine, SchedulerOutput, StepOutput
 from orchestrator.core.request import FinishReason
 from orchestrator.core.slide_batching import SlideBatchingOptions, SlideBatchingScheduler
 from orchestrator.executor import ExecutorLoop, StepFigures
+from orchestrator.overlapped_loop import OverlappedLoop
 from tests.factories import make_copy_profile, make_profile, make_request
 
 MAX_TOKENS = 10
@@ -103,7 +104,9 @@ class Node:
         self.prompts: dict[str, tuple[int, ...]] = {}
         self.reasons: dict[str, FinishReason] = {}
         self.seen: Counter[str] = Counter()
-        self.loop = ExecutorLoop(
+        loop_class = draw.choice([ExecutorLoop, OverlappedLoop])
+        self.seen[loop_class.__name__] += 1
+        self.loop = loop_class(
             self.scheduler,
             self.engine,
             clock=VirtualClock(),
@@ -166,6 +169,7 @@ class Node:
                 break
             self.loop.run_step()
         self.scheduler.check_integrity()
+        self.loop.close()
         self.engine.close()
         assert not self.loop.has_requests
         assert self.reasons.keys() == self.prompts.keys()
@@ -198,7 +202,7 @@ def check_live(
     live()
 
     # All of it must have happened for the test to mean anything.
-    assert all(seen[what] for what in ("preempted", "offload", "onboard", "shared", "kept",
-                                       "recomputed"))  # fmt: skip
+    assert all(seen[what] for what in ("ExecutorLoop", "OverlappedLoop", "preempted", "offload",
+                                       "onboard", "shared", "kept", "recomputed"))  # fmt: skip
     assert bool(seen["failed copy"]) == bool(failure_rate)
     assert bool(seen["failed request"]) == bool(failure_rate)

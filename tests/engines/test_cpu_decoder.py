@@ -165,8 +165,7 @@ def test_without_a_compiler_the_obstacle_names_the_way_out(monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("cpu_kernels")
-@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("best_cpu_kernels")
 def test_no_format_loses_a_hundredth_of_the_perplexity(smollm2_dir: Path) -> None:
     """On a text of stories, explanations and code."""
     found = perplexities(smollm2_dir)
@@ -177,7 +176,7 @@ def test_no_format_loses_a_hundredth_of_the_perplexity(smollm2_dir: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.usefixtures("best_cpu_kernels")
 def test_the_real_model_says_the_same_after_preemption_and_in_company(smollm2_dir: Path) -> None:
     """Bits, not only tokens, are the same; so text is, wherever a request is continued."""
     options = TorchEngineOptions(
@@ -210,7 +209,7 @@ def test_the_real_model_says_the_same_after_preemption_and_in_company(smollm2_di
     engine.close()
 
 
-@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.usefixtures("best_cpu_kernels")
 def test_kernels_that_cannot_be_compiled_or_kept_say_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

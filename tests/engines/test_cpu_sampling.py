@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
 from engines.torch_engine.cpu_sampling import draw_on_cpu
-from orchestrator.core.request import Request
+from orchestrator.core.request import Request, SamplingParams
 from orchestrator.sampling import InvalidLogits, Sampler
+from tests.factories import make_request
 from tests.mixed_sampling import mixed_requests
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
@@ -28,6 +31,33 @@ def test_the_kernels_draw_what_the_plain_sampler_draws(vocab_size: int, dtype: t
     found = token_ids(Sampler(vocab_size, draw_on_cpu=draw_on_cpu), logits, requests)
 
     assert found == token_ids(Sampler(vocab_size), logits, requests)
+
+
+def test_the_kernels_draw_the_same_at_every_extreme() -> None:
+    """Temperatures from none to even odds for all, truncations that keep one token or nearly all,
+    and tokens that a grammar excludes."""
+    draw = random.Random(1)
+    requests = [
+        make_request(
+            str(index),
+            sampling=SamplingParams(
+                max_tokens=1,
+                seed=index,
+                temperature=draw.choice([1e-30, 1e-3, 0.3, 1.0, 2.0, 50.0, 1e25]),
+                top_p=draw.choice([1.0, 0.999_999, 0.9, 0.3, 1e-6]),
+                top_k=draw.choice([0, 1, 2, 40, 999, 100_000]),
+                min_p=draw.choice([0.0, 0.0, 0.1, 1.0]),
+            ),
+        )
+        for index in range(400)
+    ]
+    generator = torch.Generator().manual_seed(1)
+    logits = 4 * torch.randn(len(requests), 1_000, generator=generator)
+    logits[torch.rand(logits.shape, generator=generator) < 0.3] = -torch.inf
+
+    found = token_ids(Sampler(1_000, draw_on_cpu=draw_on_cpu), logits, requests)
+
+    assert found == token_ids(Sampler(1_000), logits, requests)
 
 
 def test_a_greedy_row_takes_the_first_of_its_largest_scores() -> None:

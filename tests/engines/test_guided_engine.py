@@ -16,6 +16,7 @@ from orchestrator.core.errors import RequestRejected
 from orchestrator.core.ports import Engine, RequestEvent
 from orchestrator.core.request import FinishReason, RequestSpec, ResumePoint, SamplingParams
 from orchestrator.executor import ExecutorLoop, StepFigures
+from orchestrator.overlapped_loop import OverlappedLoop
 from tests.engines.tiny_llama import (
     BLOCK_SIZE_TOKENS,
     make_manifest,
@@ -53,10 +54,12 @@ class StandingClock:
 class Node:
     """One tiny engine under a scheduler."""
 
+    loop_class: type[ExecutorLoop]
+
     def __init__(self, engine: Engine) -> None:
         self.events: list[RequestEvent] = []
         self.num_preempted = 0
-        self.loop = ExecutorLoop(
+        self.loop = self.loop_class(
             make_scheduler(capabilities=engine.capabilities),
             engine,
             clock=StandingClock(),
@@ -83,6 +86,11 @@ class Node:
 
     def _count(self, figures: StepFigures) -> None:
         self.num_preempted += len(figures.plan.preempted_ids)
+
+
+@pytest.fixture(autouse=True, params=[ExecutorLoop, OverlappedLoop])
+def _loop_class(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Node, "loop_class", request.param, raising=False)
 
 
 def make_trtllm_engine(folder: Path) -> TrtLlmEngine:

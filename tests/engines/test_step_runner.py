@@ -12,6 +12,7 @@ from engines.kv_pool import KVLayout, KVPool
 from engines.step_runner import StepLogits, StepRunner
 from orchestrator.core.errors import EngineStepError
 from orchestrator.core.ports import EngineCapabilities, ScheduledRequest
+from orchestrator.sampling import Sampler
 from tests.engines.copies import onboard
 from tests.engines.step_driver import make_plan
 from tests.factories import make_request
@@ -50,7 +51,7 @@ def test_onboards_of_a_step_that_failed_unforeseen_are_whole_when_they_are_repor
     def compute(_: Sequence[ScheduledRequest]) -> StepLogits:
         raise KernelError("out of shared memory")
 
-    runner = StepRunner(LIMITS, copies, vocab_size=97, compute=compute)
+    runner = StepRunner(LIMITS, copies, Sampler(97), compute=compute)
     part = ScheduledRequest(make_request("r", prompt_token_ids=[1] * 6), 4, 2, [0, 1])
 
     with pytest.raises(EngineStepError, match="out of shared memory"):

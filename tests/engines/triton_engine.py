@@ -18,6 +18,7 @@ from orchestrator.core.ports import (
     SchedulerOutput,
     StepOutput,
 )
+from orchestrator.sampling import Sampler
 from tests.engines.tiny_llama import tiny_tensors
 from tests.engines.triton_device import DEVICE
 
@@ -59,13 +60,21 @@ class TritonEngine:
         )
         self._copies = KVCopies(self._pool, num_layer_groups=capabilities.num_layer_groups)
         self._runner = StepRunner(
-            capabilities, self._copies, vocab_size=config.vocab_size, compute=self._compute
+            capabilities,
+            self._copies,
+            Sampler(config.vocab_size),
+            compute=self._compute,
+            compute_ahead=self._decoder.compute_ahead,
         )
 
     def step(self, plan: SchedulerOutput) -> StepOutput:
         return self._runner.run(plan)
 
+    def launch_ahead(self, plan: SchedulerOutput) -> bool:
+        return self._runner.launch_ahead(plan)
+
     def close(self) -> None:
+        self._runner.close()
         self._copies.close()
         self._decoder.close()
         self._pool.close()

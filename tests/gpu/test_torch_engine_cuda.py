@@ -5,11 +5,17 @@ import random
 import pytest
 import torch
 
+from benchmarks.shared.decode_period import CountingEngine
 from engines.block_copies import CopyBlocks
 from engines.kv_pool import KVLayout, KVPool
 from engines.torch_engine import TorchEngine
+from orchestrator.core.ports import Engine
+from orchestrator.executor import ExecutorLoop
+from orchestrator.logit_adjustment import changes_logits
+from orchestrator.overlapped_loop import OverlappedLoop
 from tests.engines.copies import slow_copies
 from tests.engines.step_driver import StepDriver
+from tests.engines.test_loops import sampling_params, told_by
 from tests.engines.tiny_llama import tiny_config, tiny_engine
 from tests.factories import make_request
 
@@ -117,3 +123,21 @@ def test_an_engine_takes_the_device_memory_that_is_free() -> None:
 
     assert engine.capabilities.num_device_blocks > 1000
     engine.close()
+
+
+def test_steps_launched_ahead_choose_the_same_tokens_on_cuda() -> None:
+    """While they are launched, the host really does not know the tokens of the step before."""
+    engines: list[CountingEngine] = []
+
+    def make_engine() -> Engine:
+        engine = tiny_engine(
+            device="cuda", max_num_seqs=8, max_num_batched_tokens=24, num_device_blocks=60
+        )
+        engines.append(CountingEngine(engine))
+        return engines[-1]
+
+    params = [p for p in sampling_params(1) if not changes_logits(p)] * 3
+    plain = told_by(ExecutorLoop, make_engine, params)
+
+    assert told_by(OverlappedLoop, make_engine, params) == plain
+    assert engines[1].num_launched > 0

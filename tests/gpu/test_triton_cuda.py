@@ -218,7 +218,7 @@ def test_no_garbage_is_collected_while_graphs_are_captured() -> None:
 def test_tokens_do_not_wait_for_copies_to_the_host() -> None:
     """A gigabyte is on its way; at 50 GB/s that takes 20 ms, the token well under one."""
     scores = torch.tensor([[0.0, 2.0, 1.0]], device="cuda")
-    assert most_likely_on_device(scores) == [1]  # compiles
+    assert most_likely_on_device(scores).wait() == [1]  # compiles
     blocks = torch.zeros(1 << 28, dtype=torch.int8, device="cuda")
     host = torch.empty(1 << 28, dtype=torch.int8, pin_memory=True)
     lane, copied = torch.cuda.Stream(), torch.cuda.Event()
@@ -228,6 +228,6 @@ def test_tokens_do_not_wait_for_copies_to_the_host() -> None:
             host.copy_(blocks, non_blocking=True)
         copied.record()
 
-    assert most_likely_on_device(scores) == [1]
+    assert most_likely_on_device(scores).wait() == [1]
     assert not copied.query()
     copied.synchronize()

@@ -45,6 +45,23 @@ def test_a_cuda_device_needs_no_size(tmp_path: Path) -> None:
     assert config.engine.device_memory_fraction == 0.8
 
 
+@pytest.mark.parametrize(
+    ("device", "line", "expected"),
+    [
+        ("cpu", "", False),
+        ("cuda", "", True),
+        ("cpu", "plan_ahead: true\n", True),
+        ("cuda", "plan_ahead: false\n", False),
+    ],
+)
+def test_steps_are_planned_ahead_on_a_gpu_or_where_it_is_said(
+    tmp_path: Path, device: str, line: str, *, expected: bool
+) -> None:
+    config = load(tmp_path, NODE.replace("64MiB", f"64MiB, device: {device}") + line)
+
+    assert config.plans_ahead() is expected
+
+
 @pytest.mark.parametrize("memory", ["device_kv_bytes: 64MiB", "device: cuda"])
 def test_a_node_that_is_written_out_with_its_defaults_is_the_same(
     tmp_path: Path, memory: str
@@ -176,6 +193,7 @@ def test_a_key_of_another_kind_of_engine_is_refused(tmp_path: Path, node: str) -
         ("slide_batching: {alpha: 0.8}", "slide_batching"),
         ("kv_cache: {prefix_caching: false}", "kv_cache"),
         ("latency_correction: {momentum: 0.8}", "latency_correction"),
+        ("plan_ahead: true", "plan_ahead"),
     ],
 )
 def test_an_engine_that_schedules_by_itself_takes_no_part_of_a_scheduler(

@@ -43,6 +43,7 @@ def test_error_quantiles_are_exported_for_each_batch_class() -> None:
             step_s=0.02,
             predicted_step_s=0.01,
             schedule_s=0.001,
+            exposed_s=0.0005,
             num_scheduled=1,
             num_prefill_tokens=0,
             num_decode_tokens=1,

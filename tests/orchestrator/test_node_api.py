@@ -21,9 +21,10 @@ from tests.tracers import NOT_SAMPLED, SAMPLED, SPAN_ID, TRACE_ID, Tracer, attri
 SCRIPTED_ENGINE = (sys.executable, "-m", "tests.scripted_engine")
 
 
-@pytest.fixture
-async def node() -> AsyncIterator[Node]:
-    async with running_node(*SCRIPTED_ENGINE) as value:
+@pytest.fixture(params=["plain loop", "overlapped loop"])
+async def node(request: pytest.FixtureRequest) -> AsyncIterator[Node]:
+    words = ("plan-ahead",) if request.param == "overlapped loop" else ()
+    async with running_node(*SCRIPTED_ENGINE, *words) as value:
         yield value
 
 
@@ -126,7 +127,8 @@ async def test_a_bad_request_is_answered_with_400_and_the_reason(
 async def test_a_client_that_leaves_frees_its_blocks(node: Node) -> None:
     request = msgspec.json.encode(body(max_tokens=1500))
     async with node.client.stream("POST", "/v1/generate", content=request) as answer:
-        await anext(answer.aiter_lines())
+        lines = answer.aiter_lines()  # kept: without it, the answer would be closed here
+        await anext(lines)
         await until(lambda: node.runs(1), "the request is reported as running")
 
     async def blocks_are_free() -> bool:

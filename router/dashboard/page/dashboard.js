@@ -163,7 +163,7 @@ function showNodes(picture) {
     number(each.recent_tokens_per_s),
     number(each.recent_step_ms, 1),
     number(each.recent_predicted_step_ms, 1),
-    percent(each.recent_schedule_share),
+    percent(each.recent_exposed_share),
   ]));
   const sum = (key) => picture.nodes.reduce((total, each) => total + (each[key] ?? 0), 0);
   charts.boundary.add(picture.at_unix_s, { "urgent, before it": sum("urgent"), "normal, behind it": sum("normal") });

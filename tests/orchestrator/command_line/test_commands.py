@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.deployments import free_port
+
 ROOT = Path(__file__).parents[3]
 
 NODE = "{endpoint_id: %s, port: %d, engine: {directory: %s, device_kv_bytes: 64MiB}}"
@@ -47,7 +49,6 @@ def test_a_missing_file_is_one_line_and_no_traceback() -> None:
     [
         ("[]", "nodes"),
         (f"[{NODE % ('a', 8101, 'x')}, {NODE % ('b', 8101, 'x')}]", "127.0.0.1:8101"),
-        (f"[{NODE % ('a', 8101, 'no/such/dir')}]", "no/such/dir"),
         (f"[{NODE % ('a', 8101, 'x')}]\nrouter: {{port: 0}}", "router.port is 0"),
         ("[]\n'[/x]': 1", "[/x]"),
         (f"[{NODE % ('a', 8101, 'x')}]\nrouter: {{num_replicas: 2}}", "proserve up"),
@@ -57,8 +58,19 @@ def test_a_missing_file_is_one_line_and_no_traceback() -> None:
 def test_a_wrong_deployment_is_refused_before_anything_starts(
     tmp_path: Path, nodes: str, words: str
 ) -> None:
+    assert_is_refused(tmp_path, f"nodes: {nodes}\n", words)
+
+
+def test_a_missing_engine_directory_is_named(tmp_path: Path) -> None:
+    node = NODE % ("a", free_port(), "no/such/dir")
+    deployment = f"nodes: [{node}]\nrouter: {{port: {free_port()}}}\n"
+
+    assert_is_refused(tmp_path, deployment, "no/such/dir")
+
+
+def assert_is_refused(tmp_path: Path, deployment: str, words: str) -> None:
     path = tmp_path / "deployment.yaml"
-    path.write_text(f"nodes: {nodes}\n")
+    path.write_text(deployment)
 
     result = proserve("serve", str(path))
 

@@ -130,14 +130,19 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self, data: st.DataObject, passed_s: float) -> None:
         self.now_s += passed_s
         plan = self.scheduler.schedule(self.now_s)
-        caps = self.capabilities
 
         # Invariant 5: within budget, or exactly one request; caps always.
         assert plan.predicted_step_s <= plan.reasons.latency_budget_s or len(plan.scheduled) == 1
-        assert plan.num_new_tokens <= caps.max_num_batched_tokens
-        assert len(plan.scheduled) <= caps.max_num_seqs
         waits_for_copies = bool(plan.transfers or self.offloads)
         assert bool(plan.scheduled) == bool(self.live) or (self.live and waits_for_copies)
+        self.check_parts(plan)
+        self.end_step(data, plan)
+
+    def check_parts(self, plan: SchedulerOutput) -> None:
+        """What must be so of a plan that an engine is given."""
+        caps = self.capabilities
+        assert plan.num_new_tokens <= caps.max_num_batched_tokens
+        assert len(plan.scheduled) <= caps.max_num_seqs
         part_ids = [p.request_id for p in plan.scheduled]
         assert len(set(part_ids)) == len(part_ids)
         assert set(part_ids) <= self.live.keys()
@@ -159,6 +164,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert part.num_computed_tokens + part.num_new_tokens <= num_covered
             assert part.num_new_tokens >= 1
 
+    def end_step(self, data: st.DataObject, plan: SchedulerOutput) -> None:
+        """Let a step end in any way, and account for it."""
+        part_ids = [p.request_id for p in plan.scheduled]
         failed_id = data.draw(st.sampled_from([None, *part_ids]), label="failed")
         token_ids = {
             p.request_id: (data.draw(st.sampled_from([1, STOP_TOKEN_ID]), label="token"),)
