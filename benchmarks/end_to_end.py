@@ -96,8 +96,7 @@ def servers() -> list[Server]:
 def running(server: Server, directory: Path) -> Iterator[str]:
     """Start a server, wait until it is healthy, and stop it at the end; yield its address."""
     if not server.command:
-        engine = {"dtype": "auto"}
-        with serving("slide-batching", directory, classes=CLASSES, engine=engine) as url:
+        with serving("slide-batching", directory, classes=CLASSES) as url:
             yield url
         return
     url = f"http://127.0.0.1:{PORT}"

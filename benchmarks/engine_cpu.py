@@ -233,9 +233,10 @@ def main() -> None:
     """Run the benchmark."""
     parser = argument_parser(__doc__)
     parser.add_argument("--num-threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each engine in each case")
     options = parser.parse_args()
     torch.set_num_threads(options.num_threads)
-    num_rounds = 1 if options.quick else 3
+    num_rounds = 1 if options.quick else options.rounds
     dtype = resolve_dtype("auto", device="cpu", config=read_config(ENGINE_DIR))
     peers = start_peers(options.num_threads, quick=options.quick)
     engines: dict[str, Measure] = {f"ours {dtype}": OurEngine(dtype).measure}
@@ -261,6 +262,7 @@ def main() -> None:
     report(
         {
             "num_threads": options.num_threads,
+            "num_rounds": num_rounds,
             "versions": versions,
             "tokens_per_s": results,
             f"times_as_fast_is_{ours.replace(' ', '_')}": ratios,

@@ -4,9 +4,13 @@
 
 An executor process serves the real model to this one, as it does to a node's HTTP process: over the
 same socket, in the same messages. 32 requests decode side by side, greedily, then with temperature
-and top-p. Of each step at full batch the executor reports how long the model computed, how long the
-engine took, and how long planning and accounting took; what is left of the time from one step to
-the next one goes into messages. Medians over all such steps.
+and top-p, in the plain loop and in the one that plans ahead. Of each step at full batch the
+executor reports how long the model computed, how long the engine took, how long planning and
+accounting took, and for how long the engine was left without work by them.
+
+Then 64 requests, with an engine that only waits 10 ms per step (`shared.waiting_engine`): what is
+exposed there is what a GPU would wait for, but for the engine's own preparations. Medians over all
+steps at full batch.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import asyncio
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +32,8 @@ from orchestrator.wire import StepReport
 
 ENGINE_DIR = BENCHMARKS.parent / "built_engines/smollm2-135m"
 BATCH_SIZE = 32
+WAITING_BATCH_SIZE = 64
+LOOPS = {"plain": False, "ahead": True}
 SAMPLING = {
     "greedy": SamplingParams(max_tokens=1, seed=0, temperature=0.0),
     "temperature": SamplingParams(max_tokens=1, seed=0, temperature=0.8),
@@ -46,14 +53,15 @@ class Step:
 class Steps:
     """Collects the steps at full batch of one run."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch_size: int) -> None:
         self.steps: list[Step] = []
+        self._batch_size = batch_size
         self._before: StepReport | None = None
 
     def take(self, found: StepReport) -> None:
         """Take in a step's report."""
         before, self._before = self._before, found
-        is_full = found.num_decode_tokens == BATCH_SIZE and found.num_prefill_tokens == 0
+        is_full = found.num_decode_tokens == self._batch_size and found.num_prefill_tokens == 0
         if before is not None and is_full:
             interval_s = found.load.taken_at_s - before.load.taken_at_s
             self.steps.append(Step(found, interval_s))
@@ -71,9 +79,8 @@ def request(index: int, num_tokens: int, sampling: SamplingParams) -> RequestSpe
     )
 
 
-async def run(sampling: SamplingParams, num_tokens: int, scheduler: str) -> list[Step]:
-    """Return the steps at full batch of 32 requests."""
-    steps = Steps()
+def model_command(scheduler: str, *, plans_ahead: bool) -> list[str]:
+    """Return the command of an executor process that serves the real model."""
     config = NodeConfig.model_validate(
         {
             "endpoint_id": "node",
@@ -81,9 +88,24 @@ async def run(sampling: SamplingParams, num_tokens: int, scheduler: str) -> list
             "engine": {"directory": str(ENGINE_DIR), "device_kv_bytes": "512MiB"},
             "scheduler": scheduler,
             "max_num_seqs": BATCH_SIZE,
+            "plan_ahead": plans_ahead,
         }
     )
-    command = [sys.executable, "-m", "orchestrator.command_line.executor", config.model_dump_json()]
+    return [sys.executable, "-m", "orchestrator.command_line.executor", config.model_dump_json()]
+
+
+def waiting_command(*, plans_ahead: bool) -> list[str]:
+    """Return the command of an executor process whose engine only waits."""
+    loop = "plan-ahead" if plans_ahead else "plain"
+    module = "benchmarks.shared.waiting_engine"
+    return [sys.executable, "-m", module, str(WAITING_BATCH_SIZE), loop]
+
+
+async def run(
+    command: list[str], batch_size: int, sampling: SamplingParams, num_tokens: int
+) -> list[Step]:
+    """Return the steps at full batch of so many requests."""
+    steps = Steps(batch_size)
     async with ExecutorClient(command, on_step=steps.take, stall_timeout_s=60.0) as client:
         await client.wait_until_loaded()
 
@@ -93,42 +115,35 @@ async def run(sampling: SamplingParams, num_tokens: int, scheduler: str) -> list
                 if event.finish_reason is not None:
                     assert event.error is None, event.error
 
-        await asyncio.gather(*(consume(index) for index in range(BATCH_SIZE)))
+        await asyncio.gather(*(consume(index) for index in range(batch_size)))
     return steps.steps
 
 
 def figures(steps: list[Step]) -> dict[str, float]:
     """Return the medians of a run's parts, and the share of what is not the model."""
 
-    def median_ms(values: list[float]) -> float:
-        return round(1e3 * statistics.median(values), 3)
+    def median_ms(values: Iterable[float | None]) -> float:
+        return round(1e3 * statistics.median(value or 0.0 for value in values), 3)
 
     reports = [step.report for step in steps]
-    model_s = [found.model_s or 0.0 for found in reports]
-    rest_s = [1 - model / step.interval_s for step, model in zip(steps, model_s, strict=True)]
-    schedule_s = [found.schedule_s or 0.0 for found in reports]
+    rest_s = [step.interval_s - (step.report.model_s or 0.0) for step in steps]
     return {
         "num_steps": len(steps),
-        "step_ms": median_ms([step.interval_s for step in steps]),
-        "model_ms": median_ms(model_s),
+        "step_ms": median_ms(step.interval_s for step in steps),
+        "model_ms": median_ms(found.model_s for found in reports),
         "sampling_and_checks_ms": median_ms(
-            [found.step_s - model for found, model in zip(reports, model_s, strict=True)]
+            found.step_s - (found.model_s or 0.0) for found in reports
         ),
-        "schedule_ms": median_ms(schedule_s),
-        "messages_ms": median_ms(
-            [
-                step.interval_s - step.report.step_s - schedule
-                for step, schedule in zip(steps, schedule_s, strict=True)
-            ]
-        ),
-        "overhead_share_of_step": round(statistics.median(rest_s), 4),
-        "overhead_us_per_token": round(
-            1e6
-            * statistics.median(
-                (step.interval_s - model) / BATCH_SIZE
-                for step, model in zip(steps, model_s, strict=True)
+        "planning_and_accounting_ms": median_ms(found.schedule_s for found in reports),
+        "exposed_ms": median_ms(found.exposed_s for found in reports),
+        "overhead_share_of_step": round(
+            statistics.median(
+                rest / step.interval_s for rest, step in zip(rest_s, steps, strict=True)
             ),
-            1,
+            4,
+        ),
+        "overhead_us_per_token": round(
+            1e6 * statistics.median(rest_s) / reports[0].num_decode_tokens, 1
         ),
     }
 
@@ -140,12 +155,24 @@ def main() -> None:
     options = parser.parse_args()
     num_tokens = 100 if options.quick else 400
     results: dict[str, Any] = {}
-    for name, sampling in SAMPLING.items():
-        steps = asyncio.run(run(sampling, num_tokens, options.scheduler))
-        results[name] = figures(steps)
+
+    def measure(name: str, command: list[str], size: int, sampling: SamplingParams) -> None:
+        results[name] = figures(asyncio.run(run(command, size, sampling, num_tokens)))
         print(name, results[name], file=sys.stderr)
+
+    for loop, plans_ahead in LOOPS.items():
+        for name, sampling in SAMPLING.items():
+            command = model_command(options.scheduler, plans_ahead=plans_ahead)
+            measure(f"{loop}_{name}", command, BATCH_SIZE, sampling)
+        command = waiting_command(plans_ahead=plans_ahead)
+        measure(f"{loop}_waiting_engine", command, WAITING_BATCH_SIZE, SAMPLING["greedy"])
     report(
-        {"batch_size": BATCH_SIZE, "scheduler": options.scheduler, **results},
+        {
+            "batch_size": BATCH_SIZE,
+            "waiting_engine_batch_size": WAITING_BATCH_SIZE,
+            "scheduler": options.scheduler,
+            **results,
+        },
         file_name=options.json,
     )
 

@@ -24,7 +24,6 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.live_mix import (
-    KV_BLOCK_BYTES,
     NODE_PORT,
     Lengths,
     LiveRequest,
@@ -45,6 +44,10 @@ HIGH_PROMPT, HIGH_OUTPUT = Lengths(4.2, 0.5, 8, 200), Lengths(3.7, 0.4, 8, 100)
 LOW = PriorityClass("low", weight=1.0, slo=Slo(ttft_s=30.0, tpot_s=1.5))
 LOW_PROMPT, LOW_OUTPUT = Lengths(6.6, 0.4, 200, 1500), Lengths(4.2, 0.4, 16, 150)
 """Texts of some 800 tokens, each as much KV as seven questions, and summaries of some 70."""
+
+PRECISION = {"dtype": "float32"}
+KV_BLOCK_BYTES = 16 * 30 * 2 * 3 * 64 * 4
+"""16 tokens, 30 layers, keys and values, 3 heads of 64."""
 
 MAX_SEQUENCE_TOKENS = LOW_PROMPT.most + LOW_OUTPUT.most
 
@@ -154,11 +157,11 @@ def main() -> None:
         results[name] = run(requests, rate, **settings)
         print(name, results[name])
 
-    note("unlimited")
+    note("unlimited", engine=PRECISION)
     # The longest request must fit.
     least = -(-MAX_SEQUENCE_TOKENS // 16)
     num_blocks = max(results["unlimited"]["peak_device_blocks"] // 4, least)
-    size = {"device_kv_bytes": num_blocks * KV_BLOCK_BYTES}
+    size = PRECISION | {"device_kv_bytes": num_blocks * KV_BLOCK_BYTES}
     limits = {"max_model_len": MAX_SEQUENCE_TOKENS}
     with_host = {**size, "host_kv_bytes": 1 << 30}
     note("quarter", engine=with_host, node=limits)

@@ -2,13 +2,16 @@
 
     python -m benchmarks.live_mix
 
-Starts `proserve serve` once per scheduler, sends the same list of streaming requests at the same
-times, and scores what the client saw with the module that scores simulations. Half of the
+Starts `proserve serve` once per scheduler and round, sends the round's list of streaming requests
+at its times, and scores what the client saw with the module that scores simulations. Half of the
 requests are high class and count twice. The load is given as a multiple of what the machine
-sustains, which is measured first, in the same run, by sending a part of the list at once.
+sustains, which is measured before each round and after the last, by sending a part of the list at
+once. A round has a list of its own, and takes the schedulers in the opposite order of the one
+before, so that a machine whose speed drifts favours none of them.
 
-Then the same list goes through the simulator, whose engine is the built engine's latency profile
-times one factor, such that it sustains the measured rate. Both rankings are printed.
+Then the same lists go through the simulator, whose engine is the built engine's latency profile
+times one factor, such that it sustains the rate that was measured before the round. Both rankings,
+by the mean over the rounds, are printed.
 """
 
 from __future__ import annotations
@@ -23,11 +26,14 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import aiohttp
 import httpx
+import msgspec
 import numpy as np
 import yaml
 
@@ -42,6 +48,7 @@ from orchestrator.core.slo import PriorityClass, Slo
 from orchestrator.simulation.cluster import Node, Replay, replay
 from orchestrator.simulation.trace import Trace
 from orchestrator.simulation.workload import Workload
+from orchestrator.wire import NodeDescription
 from router.baselines import LeastLoadPolicy
 
 ROOT = Path(__file__).parents[1]
@@ -56,8 +63,12 @@ REFERENCE: SchedulerName = "sarathi-fcfs"
 """Measures what is sustained."""
 
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, KV_BYTES = 32, 2048, 1 << 30
-KV_BLOCK_BYTES = 16 * 30 * 2 * 3 * 64 * 4
-"""16 tokens, 30 layers, keys and values, 3 heads of 64, fp32."""
+
+AT_ONCE = 1e6
+"""Requests a second."""
+
+Figures = Mapping[SchedulerName, Mapping[str, float]]
+"""Of each scheduler."""
 
 ROUTER_PORT, NODE_PORT = 18300, 18301
 
@@ -153,7 +164,6 @@ def serving(
                 "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
                 "engine": {
                     "directory": str(ENGINE_DIR),
-                    "dtype": "float32",  # as KV_BLOCK_BYTES says
                     "device_kv_bytes": KV_BYTES,
                     **engine,
                 },
@@ -259,6 +269,7 @@ def simulate(
     profile: LatencyProfile,
     *,
     requests_per_s: float,
+    num_device_blocks: int,
 ) -> Replay:
     """Send the same list through the simulator."""
     workload = Workload(
@@ -274,7 +285,7 @@ def simulate(
     )
     capabilities = EngineCapabilities(
         block_size_tokens=16,
-        num_device_blocks=KV_BYTES // KV_BLOCK_BYTES,
+        num_device_blocks=num_device_blocks,
         num_host_blocks=0,
         max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
         max_num_seqs=MAX_NUM_SEQS,
@@ -295,17 +306,22 @@ def scaled(profile: LatencyProfile, factor: float) -> LatencyProfile:
     return LatencyProfile(**{name: factor * value for name, value in profile.to_dict().items()})
 
 
-def simulated_figures(requests: Sequence[LiveRequest], *, load: float, sustained: float,
-                      num_probe: int) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Return each scheduler's figures in the simulator."""
+def simulated_figures(
+    requests: Sequence[LiveRequest],
+    probe: Sequence[LiveRequest],
+    *,
+    load: float,
+    sustained: float,
+    num_device_blocks: int,
+) -> Figures:
+    """Return each scheduler's figures in the simulator, where the probe is sustained as live."""
     profile = read_manifest(ENGINE_DIR).latency_profile
-    probe = simulate(requests[:num_probe], REFERENCE, profile, requests_per_s=1e6)
-    profile = scaled(profile, num_probe / probe.end_s / sustained)
+    send = partial(simulate, num_device_blocks=num_device_blocks)
+    sent = send(probe, REFERENCE, profile, requests_per_s=AT_ONCE)
+    profile = scaled(profile, len(probe) / sent.end_s / sustained)
     return {
         scheduler: scores(
-            GainTable(
-                simulate(requests, scheduler, profile, requests_per_s=load * sustained).records
-            )
+            GainTable(send(requests, scheduler, profile, requests_per_s=load * sustained).records)
         )
         for scheduler in SCHEDULERS
     }
@@ -323,7 +339,40 @@ def scores(table: GainTable) -> dict[str, float]:
     }
 
 
-def ranking(figures: Mapping[str, Mapping[str, float]]) -> list[str]:
+def measure_sustained(probe: Sequence[LiveRequest], directory: Path) -> tuple[float, int]:
+    """Return the requests a second that the machine gets through now while it always has work,
+    and how many KV blocks the node has."""
+    with serving(REFERENCE, directory) as url:
+        asyncio.run(send_all(url, probe[:4], requests_per_s=AT_ONCE))  # to warm up
+        started_s = time.monotonic()
+        asyncio.run(send_all(url, probe, requests_per_s=AT_ONCE))
+        rate = len(probe) / (time.monotonic() - started_s)
+        answer = httpx.get(f"http://127.0.0.1:{NODE_PORT}/v1/node").content
+    return rate, msgspec.json.decode(answer, type=NodeDescription).capabilities.num_device_blocks
+
+
+def serve_live(
+    requests: Sequence[LiveRequest], scheduler: SchedulerName, rate: float, directory: Path
+) -> dict[str, float]:
+    """Return one scheduler's figures with the real model."""
+    with serving(scheduler, directory) as url:
+        asyncio.run(send_all(url, requests[:4], requests_per_s=AT_ONCE))  # to warm up
+        return scores(GainTable(asyncio.run(send_all(url, requests, requests_per_s=rate))))
+
+
+def mean_figures(rounds: Sequence[Figures]) -> Figures:
+    """Return the means over the rounds, and the least and the greatest TDG_Ratio."""
+    means = {}
+    for scheduler in rounds[0]:
+        of_rounds = [figures[scheduler] for figures in rounds]
+        ratios = [figures["tdg_ratio"] for figures in of_rounds]
+        means[scheduler] = {
+            name: round(fmean(figures[name] for figures in of_rounds), 4) for name in of_rounds[0]
+        } | {"least_tdg_ratio": min(ratios), "greatest_tdg_ratio": max(ratios)}
+    return means
+
+
+def ranking(figures: Figures) -> list[SchedulerName]:
     """Return the schedulers by TDG_Ratio, best first."""
     return sorted(figures, key=lambda name: figures[name]["tdg_ratio"], reverse=True)
 
@@ -331,42 +380,59 @@ def ranking(figures: Mapping[str, Mapping[str, float]]) -> list[str]:
 def main() -> None:
     """Run the benchmark."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--num-requests", type=int, default=180)
+    parser.add_argument("--num-requests", type=int, default=150, help="in each round")
     parser.add_argument("--load", type=float, default=1.5, help="times the sustained rate")
+    parser.add_argument("--rounds", type=int, default=4)
     arguments = parser.parse_args()
-    count = 4 if arguments.quick else arguments.num_requests
-    schedulers = SCHEDULERS[:1] if arguments.quick else SCHEDULERS
-    requests = make_requests(count, seed=0)
-    num_probe = max(4, count // 3)
-    live: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as directory:
-        with serving(REFERENCE, Path(directory)) as url:
-            started_s = time.monotonic()
-            asyncio.run(send_all(url, requests[:num_probe], requests_per_s=1e6))
-            sustained = num_probe / (time.monotonic() - started_s)
-        rate = arguments.load * sustained
-        for scheduler in schedulers:
-            with serving(scheduler, Path(directory)) as url:
-                records = asyncio.run(send_all(url, requests, requests_per_s=rate))
-            live[scheduler] = scores(GainTable(records))
-            print("live     ", scheduler, live[scheduler])
-    simulated = simulated_figures(
-        requests, load=arguments.load, sustained=sustained, num_probe=num_probe
-    )
-    for name, figures in simulated.items():
-        print("simulated", name, figures)
+    load = arguments.load
+    count, num_rounds = (4, 1) if arguments.quick else (arguments.num_requests, arguments.rounds)
+    order = SCHEDULERS[:1] if arguments.quick else SCHEDULERS
+    live, simulated = [], []
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        probe = make_requests(max(4, count // 3), seed=0)
+        sustained, num_device_blocks = measure_sustained(probe, directory)
+        rates = [sustained]
+        for seed in range(1, num_rounds + 1):
+            requests = make_requests(count, seed=seed)
+            figures = {s: serve_live(requests, s, load * sustained, directory) for s in order}
+            print_figures(f"live, round {seed}", figures)
+            live.append(figures)
+            simulated.append(
+                simulated_figures(
+                    requests,
+                    probe,
+                    load=load,
+                    sustained=sustained,
+                    num_device_blocks=num_device_blocks,
+                )
+            )
+            order = order[::-1]
+            sustained, _ = measure_sustained(probe, directory)
+            rates.append(sustained)
+    live_means, simulated_means = mean_figures(live), mean_figures(simulated)
+    print_figures("live", live_means)
+    print_figures("simulated", simulated_means)
     report(
         {
             "num_requests": count,
-            "load": arguments.load,
-            "sustained_requests_per_s": round(sustained, 3),
-            "live": live,
-            "simulated": simulated,
-            "live_ranking": ranking(live),
-            "simulated_ranking": ranking(simulated),
+            "load": load,
+            "sustained_requests_per_s": [round(rate, 3) for rate in rates],
+            "live": live_means,
+            "simulated": simulated_means,
+            "live_ranking": ranking(live_means),
+            "simulated_ranking": ranking(simulated_means),
+            "live_rounds": live,
         },
         file_name=arguments.json,
     )
+
+
+def print_figures(what: str, figures: Figures) -> None:
+    """Print a line for each scheduler."""
+    for scheduler in SCHEDULERS:
+        if scheduler in figures:
+            print(what, scheduler, figures[scheduler], sep=" | ", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 Random weights in bfloat16. Steps of decodes at a context of 1,024 tokens, and whole prompts; each
 step is a call of `TorchEngine.step`, checks, sampling and all. The limit of a decode step is the
 memory bandwidth: the bytes of the weights and of the KV cache that it reads, over what a copy
-within the device moves in the same run. Beside it, Hugging Face's transformers on the same shape,
-in a process of its own: its continuous batching, and `generate` on a batch of equal lengths.
+within the device moves in the same run. Then both executor loops over the same engine: what passes
+from one step of decodes to the next, and how much of that the model does not need. Beside it,
+Hugging Face's transformers on the same shape, in a process of its own: its continuous batching,
+and `generate` on a batch of equal lengths.
 
 python -m benchmarks.gpu.engine_gpu
 """
@@ -23,10 +25,14 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.copy_overlap import CONFIG, make_part, make_plan, random_tensors
+from benchmarks.shared.decode_period import DecodeBatch, decode_period
 from benchmarks.shared.reporting import BENCHMARKS, argument_parser, report
 from engines.torch_engine import TorchEngine, TorchEngineOptions
 from engines.torch_engine.weights import tensor_shapes
+from orchestrator.core.latency import LatencyProfile
 from orchestrator.core.ports import ScheduledRequest
+from orchestrator.executor import ExecutorLoop
+from orchestrator.overlapped_loop import OverlappedLoop
 
 CONTEXT_TOKENS = 1024
 BATCH_SIZES = (1, 8, 32, 64)
@@ -145,6 +151,35 @@ def measure_prefill(engine: TorchEngine, num_tokens: int, num_steps: int) -> dic
     }
 
 
+def measure_loops(engine: TorchEngine, num_steps: int) -> dict[str, dict[str, float]]:
+    """Return what the largest batch's decodes take from step to step, in either loop."""
+    batch_size = max(BATCH_SIZES)
+    model_s = median_model_s(engine, decode_parts(batch_size), num_steps)
+    profile = LatencyProfile(
+        prefill_quadratic_s=0.0,
+        prefill_context_s=0.0,
+        prefill_token_s=2.5e-5,
+        prefill_cached_s=0.0,
+        decode_context_s=0.0,
+        decode_token_s=0.0,
+        mixed_step_s=model_s,
+        decode_step_s=model_s,
+    )
+    num_tokens = num_steps + batch_size  # the first decode while the last prompts are computed
+    batch = DecodeBatch(batch_size, CONTEXT_TOKENS - num_tokens, num_tokens)
+    figures = {}
+    for name, loop_class in (("plain", ExecutorLoop), ("plan-ahead", OverlappedLoop)):
+        measured = decode_period(loop_class, engine, batch, profile)
+        figures[name] = {
+            "period_ms": round(measured.period_s * 1000, 3),
+            "model_ms": round(model_s * 1000, 3),
+            "exposed_host_us": round((measured.period_s - model_s) * 1e6, 1),
+            "between_steps_us": round(measured.exposed_s * 1e6, 1),
+            "launched_share": round(measured.launched_share, 3),
+        }
+    return figures
+
+
 def measure_engine(*, is_quick: bool) -> dict[str, Any]:
     bandwidth = copy_bytes_per_s()
     engine = make_engine()
@@ -156,6 +191,7 @@ def measure_engine(*, is_quick: bool) -> dict[str, Any]:
                 str(size): measure_decodes(engine, size, num_steps, bandwidth)
                 for size in BATCH_SIZES
             },
+            "loops": measure_loops(engine, num_steps),
             "prefill": {
                 str(length): measure_prefill(engine, length, num_steps // 4)
                 for length in PROMPT_LENGTHS
