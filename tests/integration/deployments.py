@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 import yaml
 
-START_TIMEOUT_S = 100.0
-WAIT_S = 60.0
+START_TIMEOUT_S = 200.0
+WAIT_S = 120.0
 """Upper bound of every wait; reached only if something hangs."""
 
 _WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))

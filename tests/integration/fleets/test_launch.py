@@ -65,7 +65,7 @@ class Launched:
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "orchestrator.command_line.main", *arguments]
         return subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=120, check=False
+            command, env=self.environment, capture_output=True, text=True, check=False
         )
 
     async def do(self, *arguments: str) -> None:
@@ -166,6 +166,7 @@ class Traffic:
         assert usage["completion_tokens"] == NUM_TOKENS
 
 
+@pytest.mark.timeout(600)  # starts 14 processes, most of them one after the other
 async def test_a_deployment_grows_is_replaced_and_shrinks_under_traffic(launched: Launched) -> None:
     await launched.do("up", str(launched.file))
     shown = msgspec.json.decode(launched.run("status", "--json").stdout, type=DeploymentStatus)
