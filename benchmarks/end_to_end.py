@@ -6,8 +6,8 @@
 Each server in turn gets the same list of streaming requests at the same times, on the same cores,
 and is scored by what the client saw. Two thirds of the requests are of class high or normal and
 count more; only ours is told of classes, the others have none. What each server sustains is
-measured first, by sending a part of the list at once. Then the list is sent at the rate that
-llama.cpp sustains, its knee, and at the rate that ours does. llama.cpp reads the packaged GGUF file
+measured first, by sending a part of the list at once. Then the list is sent to all of them at each
+of these rates, the servers' knees. llama.cpp reads the packaged GGUF file
 (4-bit weights, 8-bit activations); vLLM reads the engine directory, in bfloat16.
 """
 
@@ -32,7 +32,8 @@ from typing import Any
 import aiohttp
 
 from benchmarks.engine_cpu import gguf_file
-from benchmarks.live_mix import (
+from benchmarks.shared.live_load import (
+    AT_ONCE,
     ENGINE_DIR,
     LiveRequest,
     is_healthy,
@@ -40,6 +41,7 @@ from benchmarks.live_mix import (
     scores,
     send_all,
     serving,
+    warm_up,
 )
 from benchmarks.shared.peer_environments import PEERS
 from benchmarks.shared.reporting import argument_parser, report
@@ -171,22 +173,17 @@ async def _send(
     )
 
 
-async def _send_all(
-    url: str, server: Server, requests: Sequence[LiveRequest], *, requests_per_s: float
-) -> list[RequestRecord]:
-    return await send_all(url, requests, requests_per_s=requests_per_s, send=partial(_send, server))
-
-
 def _has_token(choice: Mapping[str, Any]) -> bool:
     return choice.get("finish_reason") is None or bool(choice.get("text"))
 
 
 def sustained(server: Server, requests: Sequence[LiveRequest], directory: Path) -> float:
     """Return the rate at which a server gets through these requests when it always has work."""
+    send = partial(_send, server)
     with running(server, directory) as url:
-        asyncio.run(_send_all(url, server, requests[:4], requests_per_s=1e6))  # to warm up
+        asyncio.run(warm_up(url, requests, send=send))
         started_s = time.monotonic()
-        asyncio.run(_send_all(url, server, requests, requests_per_s=1e6))
+        asyncio.run(send_all(url, requests, requests_per_s=AT_ONCE, send=send))
         return len(requests) / (time.monotonic() - started_s)
 
 
@@ -202,15 +199,14 @@ def main() -> None:
         directory = Path(name)
         rates = {s.name: sustained(s, requests[: max(4, count // 3)], directory) for s in found}
         print("sustained requests/s", rates, file=sys.stderr)
-        knees = {name: rates[name] for name in ("llama.cpp", "ours") if name in rates}
         results: dict[str, dict[str, dict[str, float]]] = {}
-        for knee, rate in knees.items():
+        for knee, rate in rates.items():
             results[f"at_the_knee_of_{knee}"] = figures = {}
             for server in found:
+                send = partial(_send, server)
                 with running(server, directory) as url:
-                    warm_up = _send_all(url, server, requests[:4], requests_per_s=1e6)
-                    asyncio.run(warm_up)
-                    records = asyncio.run(_send_all(url, server, requests, requests_per_s=rate))
+                    asyncio.run(warm_up(url, requests, send=send))
+                    records = asyncio.run(send_all(url, requests, requests_per_s=rate, send=send))
                 figures[server.name] = scores(GainTable(records))
                 print(f"{rate:.2f} requests/s", server.name, figures[server.name], file=sys.stderr)
     report(

@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.live_mix import (
+from benchmarks.shared.live_load import (
     NODE_PORT,
     Lengths,
     LiveRequest,
