@@ -31,7 +31,7 @@ from typing import Any
 
 import aiohttp
 
-from benchmarks.engine_cpu import gguf_file
+from benchmarks.shared.cpu_engines import gguf_file
 from benchmarks.shared.live_load import (
     AT_ONCE,
     ENGINE_DIR,

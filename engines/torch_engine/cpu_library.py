@@ -20,7 +20,7 @@ from pathlib import Path
 from orchestrator.core.errors import EngineError
 
 SOURCES = Path(__file__).parent / "native"
-COMPILER_FLAGS = (
+COMPILER_FLAGS: tuple[str, ...] = (
     "-O3",
     "-march=native",
     "-std=c++17",
