@@ -7,9 +7,10 @@ The peaks are those of loops with nothing but multiply-adds in float32, and dot 
 inputs with 8- and 4-bit weights as the kernels make them, on all cores at once, from the first
 cache (`shared/cpu_peaks.cpp`, compiled as the kernels are). A token of a prompt costs its matrix
 products with all that belongs to them (norms, rotation, SiLU, quantisation), and its attention,
-which grows with the context: two chunks at different places tell both. At the peaks, and with
-nothing else to do, it would cost what `at_the_peak` says. Hugging Face's transformers computes the
-same prompts in float32 in the same run: what would be three times as fast is the aim.
+which grows with the context: a step with as many tokens of many short prompts tells both apart. At
+the peaks, and with nothing else to do, it would cost what `at_the_peak` says. Hugging Face's
+transformers computes the same prompts in float32 in the same run: what would be three times as
+fast is the aim.
 
 With `--avx2` a processor that has AVX-512 computes without it, as does transformers.
 """
@@ -43,7 +44,9 @@ WITHOUT_AVX512 = {
 }
 """For PyTorch and the libraries that it calls."""
 
-CHUNK_TOKENS, LATER_START = 256, 1_536
+NUM_SHORT = 32
+"""Prompts, in whose place one long one is computed."""
+
 AIM = 3.0
 """Times transformers."""
 
@@ -113,19 +116,22 @@ def model_of(config: LlamaConfig) -> Model:
 
 @dataclass(frozen=True, slots=True)
 class TokenCost:
-    """What a token of a prompt costs."""
+    """What a token costs on average, in a step with one prompt."""
 
-    alone_s: float
-    per_context_token_s: float
+    whole_s: float
+    matrices_s: float
+    attention_s: float
 
 
-def token_cost(engine: OurEngine, num_rounds: int) -> TokenCost:
-    """Return what follows from two chunks at different places."""
-    first_s = min(engine.chunk_s(0, CHUNK_TOKENS) for _ in range(num_rounds))
-    later_s = min(engine.chunk_s(LATER_START, CHUNK_TOKENS) for _ in range(num_rounds))
-    per_context_token_s = (later_s - first_s) / (CHUNK_TOKENS * LATER_START)
-    alone_s = first_s / CHUNK_TOKENS - per_context_token_s * CHUNK_TOKENS / 2
-    return TokenCost(alone_s, per_context_token_s)
+def token_cost(engine: OurEngine, num_tokens: int, num_rounds: int) -> TokenCost:
+    """Return what follows from a prompt, and from a step with the beginnings of others."""
+    long_s = short_s = float("inf")
+    for _ in range(num_rounds):
+        long_s = min(long_s, *engine.measure(Prompt(num_tokens)))
+        short_s = min(short_s, engine.beginnings_s(NUM_SHORT, num_tokens // NUM_SHORT))
+    # A short prompt's tokens have that part of the context.
+    attention_s = (long_s - short_s) / (1 - 1 / NUM_SHORT) / num_tokens
+    return TokenCost(long_s / num_tokens, long_s / num_tokens - attention_s, attention_s)
 
 
 def main() -> None:
@@ -144,38 +150,35 @@ def main() -> None:
     print("peaks, billions of multiplications a second", found, file=sys.stderr)
     engine = OurEngine("int8")
     peer = transformers_engine("float32", num_threads, WITHOUT_AVX512 if options.avx2 else {})
-    cost, model = token_cost(engine, num_rounds), model_of(read_config(ENGINE_DIR))
+    model = model_of(read_config(ENGINE_DIR))
     figures = {}
     for prompt in [Prompt(512)] if options.quick else [Prompt(512), Prompt(2_048)]:
         num_tokens = prompt.num_prompt_tokens
-        ours_s = min(engine.measure(prompt)[0] for _ in range(num_rounds)) / num_tokens
+        cost = token_cost(engine, num_tokens, num_rounds)
         theirs_s = min(peer.measure(prompt)[0] for _ in range(num_rounds)) / num_tokens
-        context = num_tokens / 2
-        bound_s = model.num_products / found["4_bits"] / 1e9
-        bound_s += context * model.num_context_products / found["float32"] / 1e9
+        attention_products = model.num_context_products * num_tokens / 2
+        matrices_bound_s = model.num_products / found["4_bits"] / 1e9
+        attention_bound_s = attention_products / found["float32"] / 1e9
+        bound_s = matrices_bound_s + attention_bound_s
         figures[prompt.name] = {
-            "token_us": round(1e6 * ours_s, 1),
-            "of_which_matrix_products_us": round(1e6 * cost.alone_s, 1),
-            "of_which_attention_us": round(1e6 * context * cost.per_context_token_s, 1),
-            "at_the_peak_us": round(1e6 * bound_s, 1),
+            "token_us": round(1e6 * cost.whole_s, 1),
+            "matrices_us": round(1e6 * cost.matrices_s, 1),
+            "matrices_at_the_peak_us": round(1e6 * matrices_bound_s, 1),
+            "attention_us": round(1e6 * cost.attention_s, 1),
+            "attention_at_the_peak_us": round(1e6 * attention_bound_s, 1),
             "transformers_us": round(1e6 * theirs_s, 1),
-            "times_transformers": round(theirs_s / ours_s, 2),
+            "times_transformers": round(theirs_s / cost.whole_s, 2),
             "times_transformers_at_the_peak": round(theirs_s / bound_s, 2),
+            "share_of_the_peak": round(bound_s / cost.whole_s, 2),
             "share_of_the_peak_for_the_aim": round(AIM * bound_s / theirs_s, 2),
         }
         print(prompt.name, figures[prompt.name], file=sys.stderr)
     peer.close()
-    matrices = model.num_products / cost.alone_s / 1e9
-    attention = model.num_context_products / cost.per_context_token_s / 1e9
     report(
         {
             "num_threads": num_threads,
             "with_avx512": "avx512_vnni" in cpu_library.cpu_flags() and not options.avx2,
             "peaks_gmac_per_s": {kind: round(rate, 1) for kind, rate in found.items()},
-            "matrix_products_gmac_per_s": round(matrices, 1),
-            "matrix_products_share_of_the_peak": round(matrices / found["4_bits"], 2),
-            "attention_gmac_per_s": round(attention, 1),
-            "attention_share_of_the_peak": round(attention / found["float32"], 2),
             **asdict(model),
             **figures,
         },

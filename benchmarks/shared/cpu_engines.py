@@ -115,12 +115,9 @@ class OurEngine:
             for index in range(count)
         ]
 
-    def chunk_s(self, start: int, count: int) -> float:
-        """Return the seconds of a step of `count` tokens of a prompt, behind `start` others."""
-        (request,) = self._requests(1, start + count)
-        if start:
-            self._prefill([request], start)
-        return self._step([self._part(request, start, count)])
+    def beginnings_s(self, num_prompts: int, num_tokens: int) -> float:
+        """Return the seconds of a step with the first tokens of each of some longer prompts."""
+        return self._prefill(self._requests(num_prompts, num_tokens + 1), num_tokens)
 
     def _prefill(self, requests: Sequence[Request], num_tokens: int) -> float:
         return self._step([self._part(request, 0, num_tokens) for request in requests])
