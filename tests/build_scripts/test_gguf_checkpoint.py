@@ -30,7 +30,6 @@ def test_rows_that_turn_together_end_up_half_a_head_apart() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_every_tensor_is_the_one_that_transformers_reads_from_the_file(smollm2_dir: Path) -> None:
     """Bit for bit, in float32: the same dequantisation and the same order of rows."""
     from transformers import AutoConfig, LlamaForCausalLM, modeling_gguf_pytorch_utils

@@ -19,7 +19,7 @@ from orchestrator.core.request import Request
 from tests.engines.step_driver import StepDriver
 from tests.factories import make_request
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 NUM_TOKENS = 64
 

@@ -166,7 +166,6 @@ class Traffic:
         assert usage["completion_tokens"] == NUM_TOKENS
 
 
-@pytest.mark.timeout(600)  # starts 14 processes, most of them one after the other
 async def test_a_deployment_grows_is_replaced_and_shrinks_under_traffic(launched: Launched) -> None:
     await launched.do("up", str(launched.file))
     shown = msgspec.json.decode(launched.run("status", "--json").stdout, type=DeploymentStatus)

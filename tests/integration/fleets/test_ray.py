@@ -27,7 +27,7 @@ from ray import cluster_utils  # noqa: E402 - if it is there
 
 from orchestrator.command_line.launch.ray_launcher import RayLauncher  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 NUM_REQUESTS = 6
 PATIENCE_S = 120.0

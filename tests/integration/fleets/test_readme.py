@@ -70,7 +70,6 @@ def clone(tmp_path: Path) -> Iterator[Path]:
 
 
 # Before those that need `served`, which listens on the same port until the last test here.
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)])
 def test_the_commands_of_a_page_work_one_after_the_other(page: str, clone: Path) -> None:
     said = {}
