@@ -101,7 +101,7 @@ def fill(scheduler: Scheduler, num_queued: int, *, num_running: int = MAX_NUM_RU
 
 def costs_s(num_running: int, num_queued: int, num_steps: int, *, is_cold: bool) -> list[float]:
     """Return the cost of each step, in ascending order."""
-    between = np.zeros(NUM_BYTES_BETWEEN if is_cold else 0, np.uint8)
+    between = np.ones(NUM_BYTES_BETWEEN if is_cold else 0, np.uint8)  # zeros would share a page
     scheduler = SlideBatchingScheduler(CAPABILITIES, BatchLatencyModel(PROFILE))
     now_s = fill(scheduler, num_queued, num_running=num_running)
     times_s = []
