@@ -20,6 +20,11 @@ def token_ids(sampler: Sampler, logits: torch.Tensor, requests: list[Request]) -
     return [token.token_id for token in sampler.sample(logits, requests)]
 
 
+def largest_of_groups(scores: torch.Tensor) -> torch.Tensor:
+    """Return the largest of every 32 scores of each row."""
+    return torch.stack([group.amax(dim=1) for group in scores.split(32, dim=1)], dim=1).contiguous()
+
+
 @pytest.mark.parametrize("vocab_size", [7, 300, 4_096, 49_152])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernels_draw_what_the_plain_sampler_draws(vocab_size: int, dtype: torch.dtype) -> None:
@@ -33,9 +38,10 @@ def test_the_kernels_draw_what_the_plain_sampler_draws(vocab_size: int, dtype: t
     assert found == token_ids(Sampler(vocab_size), logits, requests)
 
 
-def test_the_kernels_draw_the_same_at_every_extreme() -> None:
+@pytest.mark.parametrize("has_largest", [False, True])
+def test_the_kernels_draw_the_same_at_every_extreme(*, has_largest: bool) -> None:
     """Temperatures from none to even odds for all, truncations that keep one token or nearly all,
-    and tokens that a grammar excludes."""
+    and tokens that a grammar excludes; also where the largest of every 32 scores are known."""
     draw = random.Random(1)
     requests = [
         make_request(
@@ -55,9 +61,10 @@ def test_the_kernels_draw_the_same_at_every_extreme() -> None:
     logits = 4 * torch.randn(len(requests), 1_000, generator=generator)
     logits[torch.rand(logits.shape, generator=generator) < 0.3] = -torch.inf
 
-    found = token_ids(Sampler(1_000, draw_on_cpu=draw_on_cpu), logits, requests)
+    known = largest_of_groups(logits) if has_largest else None
+    sampler = Sampler(1_000, draw_on_cpu=lambda s, p: draw_on_cpu(s, p, largest=known))
 
-    assert found == token_ids(Sampler(1_000), logits, requests)
+    assert token_ids(sampler, logits, requests) == token_ids(Sampler(1_000), logits, requests)
 
 
 def test_a_greedy_row_takes_the_first_of_its_largest_scores() -> None:
@@ -66,7 +73,7 @@ def test_a_greedy_row_takes_the_first_of_its_largest_scores() -> None:
     scores[0, [70, 71, 99]] = 5.0
     scores[1, 99] = 1.0
     requests = mixed_requests()[:2]
-    largest = torch.stack([run.amax(dim=1) for run in scores.split(32, dim=1)], dim=1).contiguous()
+    largest = largest_of_groups(scores)
     known = Sampler(100, draw_on_cpu=lambda s, p: draw_on_cpu(s, p, largest=largest))
 
     assert token_ids(Sampler(100, draw_on_cpu=draw_on_cpu), scores, requests) == [70, 99]
@@ -81,7 +88,7 @@ def test_rows_that_are_no_numbers_are_named(bad: float, *, has_largest: bool) ->
     scores = torch.randn(len(requests), 300)
     scores[5, :] = bad if bad == float("-inf") else scores[5]
     scores[5, 7] = bad
-    largest = torch.stack([run.amax(dim=1) for run in scores.split(32, dim=1)], dim=1).contiguous()
+    largest = largest_of_groups(scores)
     sampler = Sampler(
         300,
         draw_on_cpu=lambda s, p: draw_on_cpu(s, p, largest=largest if has_largest else None),

@@ -9,6 +9,7 @@
 namespace {
 
 constexpr float kMaxWeight = 1099511627776.0f;  // 2 to the power of 40
+constexpr int64_t kGroupScores = 32;            // whose largest one may be known
 
 struct Row {
   bool is_greedy;
@@ -19,7 +20,15 @@ struct Row {
   double fraction;
 };
 
-using Weights = std::vector<int64_t>;
+// Some of a row's weights, in any order.
+struct Candidates {
+  int64_t* begin;
+  int64_t* end;
+
+  int64_t count() const { return end - begin; }
+};
+
+int64_t num_groups(int64_t num_scores) { return (num_scores + kGroupScores - 1) / kGroupScores; }
 
 // Index of the first largest number; -1 if that is not finite, or any is NaN.
 int64_t most_likely(const float* scores, int64_t size) {
@@ -101,16 +110,13 @@ int64_t total_of(const int64_t* weights, int64_t size, int64_t floor) {
   return reduce_add_longs(sums);
 }
 
-// Weights of at least `bound`, in any order.
-void collect(const int64_t* weights, int64_t size, int64_t bound, Weights& found) {
-  found.resize(size + 8);
-  int64_t count = 0, i = 0;
+// Collect weights of at least `bound`; up to 8 more places than there are weights are written to.
+Candidates collect(const int64_t* weights, int64_t size, int64_t bound, int64_t* memory) {
   const Longs least = all_longs(bound);
-  for (; i + 8 <= size; i += 8)
-    count += write_at_least(found.data() + count, load_longs(weights + i), least);
-  for (; i < size; ++i)
-    if (weights[i] >= bound) found[count++] = weights[i];
-  found.resize(count);
+  int64_t* next = memory;
+  for (int64_t i = 0; i < size; i += 8)
+    next += write_at_least(next, load_longs(weights + i), least);
+  return {memory, next};
 }
 
 // What is left of a row's weights: those that are at least `floor`, and their sum.
@@ -128,45 +134,43 @@ int bucket_of(int64_t weight) {
 }
 
 // Put those of a bucket first, the largest of them first; return their end.
-Weights::iterator sort_bucket(Weights& candidates, int bucket) {
-  const auto end = std::partition(candidates.begin(), candidates.end(), [&](int64_t weight) {
+int64_t* sort_bucket(const Candidates& candidates, int bucket) {
+  int64_t* end = std::partition(candidates.begin, candidates.end, [&](int64_t weight) {
     return bucket_of(weight) == bucket;
   });
-  std::sort(candidates.begin(), end, std::greater<>());
+  std::sort(candidates.begin, end, std::greater<>());
   return end;
 }
 
 // Keep the `count` heaviest tokens, and who ties with the last of them.
-Kept heaviest(const int64_t* weights, int64_t size, Kept kept, int64_t count,
-              Weights& candidates) {
-  collect(weights, size, kept.floor, candidates);
-  if (static_cast<int64_t>(candidates.size()) <= count) return kept;
+Kept heaviest(const int64_t* weights, int64_t size, Kept kept, int64_t count, int64_t* memory) {
+  const Candidates candidates = collect(weights, size, kept.floor, memory);
+  if (candidates.count() <= count) return kept;
   int64_t counts[kBuckets] = {};
-  for (const int64_t weight : candidates) ++counts[bucket_of(weight)];
+  for (const int64_t* i = candidates.begin; i < candidates.end; ++i) ++counts[bucket_of(*i)];
   int bucket = kBuckets - 1;
   while (count > counts[bucket]) count -= counts[bucket--];
   sort_bucket(candidates, bucket);
-  const int64_t floor = candidates[count - 1];
+  const int64_t floor = candidates.begin[count - 1];
   return {floor, total_of(weights, size, floor)};
 }
 
 // Keep the smallest set of tokens that holds `top_p` of the mass, and who ties with its last. All
 // tokens under (1 - top_p) * mass / size together weigh less than what the set leaves out.
-Kept nucleus(const int64_t* weights, int64_t size, Kept kept, double top_p,
-             Weights& candidates) {
+Kept nucleus(const int64_t* weights, int64_t size, Kept kept, double top_p, int64_t* memory) {
   const auto mass = static_cast<double>(kept.total);
   const auto bound = static_cast<int64_t>(mass * (1 - top_p) / static_cast<double>(size));
-  collect(weights, size, std::max(bound, kept.floor), candidates);
+  const Candidates candidates = collect(weights, size, std::max(bound, kept.floor), memory);
   int64_t sums[kBuckets] = {};
-  for (const int64_t weight : candidates) sums[bucket_of(weight)] += weight;
+  for (const int64_t* i = candidates.begin; i < candidates.end; ++i) sums[bucket_of(*i)] += *i;
   const auto needed = static_cast<int64_t>(std::ceil(mass * top_p));
   int64_t sum = 0;
   int bucket = kBuckets - 1;
   while (bucket >= 0 && sum + sums[bucket] < needed) sum += sums[bucket--];
   if (bucket < 0) return kept;  // a mass that no sum reaches, by rounding: all stay
   // Only the order inside the bucket of the set's last one matters.
-  const auto end = sort_bucket(candidates, bucket);
-  auto last = candidates.begin();
+  const int64_t* end = sort_bucket(candidates, bucket);
+  const int64_t* last = candidates.begin;
   while ((sum += *last) < needed) ++last;
   const int64_t floor = *last;
   while (++last != end && *last == floor) sum += floor;
@@ -175,22 +179,21 @@ Kept nucleus(const int64_t* weights, int64_t size, Kept kept, double top_p,
 
 // As `most_likely(scores)`, where the largest of every 32 scores are known.
 int64_t most_likely(const float* scores, int64_t size, const float* largest) {
-  constexpr int64_t kRun = 32;
-  const int64_t run = most_likely(largest, (size + kRun - 1) / kRun);
-  if (run < 0) return -1;
-  int64_t i = run * kRun;
-  while (scores[i] != largest[run]) ++i;
+  const int64_t group = most_likely(largest, num_groups(size));
+  if (group < 0) return -1;
+  int64_t i = group * kGroupScores;
+  while (scores[i] != largest[group]) ++i;
   return i;
 }
 
 int64_t draw(const float* scores, int64_t size, const float* largest, const Row& row,
-             int64_t* weights, Weights& candidates) {
+             int64_t* weights, int64_t* memory) {
   const int64_t best =
       largest == nullptr ? most_likely(scores, size) : most_likely(scores, size, largest);
   if (best < 0 || row.is_greedy) return best;
   Kept kept{1, weigh(scores, size, scores[best], row, weights)};
-  if (row.top_k > 0) kept = heaviest(weights, size, kept, row.top_k, candidates);
-  if (row.top_p < 1) kept = nucleus(weights, size, kept, row.top_p, candidates);
+  if (row.top_k > 0) kept = heaviest(weights, size, kept, row.top_k, memory);
+  if (row.top_p < 1) kept = nucleus(weights, size, kept, row.top_p, memory);
   const auto exact = static_cast<int64_t>(static_cast<double>(kept.total) * row.fraction);
   int64_t target = std::min(exact, kept.total - 1);
   // Whole runs first: sums of integers have no order.
@@ -219,8 +222,9 @@ void proserve_draw(const float* scores, int64_t num_rows, int64_t vocab_size,
                    const float* largest, const double* parameters, int32_t num_threads, int64_t* token_ids) {
   run_team(num_threads, [&](Team& team) {
     // Kept from call to call: memory this large is given back and cleared again each time.
-    static thread_local Weights weights, candidates;
+    static thread_local std::vector<int64_t> weights, candidates;
     weights.resize(vocab_size + kLanes);
+    candidates.resize(vocab_size + 8);
     team.take_turns(num_rows, [&](int64_t i) {
       const auto column = [&](int64_t index) { return parameters[index * num_rows + i]; };
       const Row row{column(0) > 0,
@@ -229,9 +233,9 @@ void proserve_draw(const float* scores, int64_t num_rows, int64_t vocab_size,
                     static_cast<int64_t>(column(3)),
                     column(4),
                     column(5)};
-      const float* own = largest == nullptr ? nullptr : largest + i * ((vocab_size + 31) / 32);
+      const float* own = largest == nullptr ? nullptr : largest + i * num_groups(vocab_size);
       token_ids[i] =
-          draw(scores + i * vocab_size, vocab_size, own, row, weights.data(), candidates);
+          draw(scores + i * vocab_size, vocab_size, own, row, weights.data(), candidates.data());
     });
   });
 }

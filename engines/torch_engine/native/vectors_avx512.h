@@ -127,8 +127,8 @@ inline void truncate(Floats a, Longs (&halves)[2]) {
 // written to.
 inline int64_t write_at_least(int64_t* target, Longs a, Longs floor) {
   const __mmask8 stays = _mm512_cmpge_epi64_mask(a, floor);
-  if (!stays) return 0;
-  // In a register first: some processors take long to compress into memory.
+  // In a register first: some processors take long to compress into memory. Always: whether there
+  // are any is hard to guess.
   _mm512_storeu_si512(target, _mm512_maskz_compress_epi64(stays, a));
   return __builtin_popcount(stays);
 }
