@@ -132,6 +132,8 @@ class StepBuilder:
         num_tokens = min(num_wanted, self._num_tokens_left)
         if self._model.prefill_s(num_tokens, num_cached) > left_s:
             num_tokens = self._model.max_new_tokens(num_cached, left_s)
+        if num_tokens > 0 and self._exceeds_limit(num_tokens, num_cached, stall_s):
+            num_tokens -= 1
         if num_tokens == num_wanted:
             return num_tokens
         if rules.whole_prompts and num_wanted <= self._max_tokens:
@@ -212,15 +214,27 @@ class StepBuilder:
 
     def _become_mixed(self) -> None:
         """Price what is in the step as parts of a mixed one."""
+        self._limit_s, self._constant_s, self._marginal_s = self._as_mixed()
         self._decode_factor = self._model.mixed_decode_factor
-        self._marginal_s *= self._decode_factor
-        self._constant_s = self._model.step_constant_s(has_prefill=True)
-        self._limit_s = min(self._rules.budget_s, self._rules.max_mixed_s)
+
+    def _exceeds_limit(self, num_tokens: int, num_cached: int, stall_s: float) -> bool:
+        """Return whether the step with this prefill is predicted to take too long. What fits into
+        the time that is left may do so in its last digit: sums round otherwise than differences."""
+        limit_s, constant_s, marginal_s = self._as_mixed()
+        cost_s = self._model.prefill_s(num_tokens, num_cached)
+        return constant_s + stall_s + (marginal_s + cost_s) > limit_s
 
     def _left_s(self) -> float:
         """Return the time left for a prefill."""
+        limit_s, constant_s, marginal_s = self._as_mixed()
+        return limit_s - constant_s - marginal_s
+
+    def _as_mixed(self) -> tuple[float, float, float]:
+        """Return limit, constant and marginal cost, all in seconds, of the step with a prefill."""
         if self._num_prefills:
-            return self._limit_s - self._constant_s - self._marginal_s
-        limit_s = min(self._rules.budget_s, self._rules.max_mixed_s)
-        constant_s = self._model.step_constant_s(has_prefill=True)
-        return limit_s - constant_s - self._marginal_s * self._model.mixed_decode_factor
+            return self._limit_s, self._constant_s, self._marginal_s
+        return (
+            min(self._rules.budget_s, self._rules.max_mixed_s),
+            self._model.step_constant_s(has_prefill=True),
+            self._marginal_s * self._model.mixed_decode_factor,
+        )
