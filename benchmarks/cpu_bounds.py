@@ -4,13 +4,13 @@
     python -m benchmarks.cpu_bounds --avx2
 
 The peaks are those of loops with nothing but multiply-adds in float32, and dot products of 8-bit
-inputs with 8- and 4-bit weights as the kernels make them, on all cores at once, from the first
-cache (`shared/cpu_peaks.cpp`, compiled as the kernels are). A token of a prompt costs its matrix
-products with all that belongs to them (norms, rotation, SiLU, quantisation), and its attention,
-which grows with the context: a step with as many tokens of many short prompts tells both apart. At
-the peaks, and with nothing else to do, it would cost what `at_the_peak` says. Hugging Face's
-transformers computes the same prompts in float32 in the same run: what would be three times as
-fast is the aim.
+inputs with 8- and 4-bit weights as the kernels make them, on all cores at once and all in
+registers (`shared/cpu_peaks.cpp`, compiled as the kernels are). A token of a prompt costs its
+matrix products with all that belongs to them (norms, rotation, SiLU, quantisation), and its
+attention, which grows with the context: a step with as many tokens of many short prompts tells
+both apart. At the peaks, and with nothing else to do, they would cost `..._at_the_peak_us`. Hugging
+Face's transformers computes the same prompts in float32 in the same run: what would be three times
+as fast is the aim.
 
 With `--avx2` a processor that has AVX-512 computes without it, as does transformers.
 """

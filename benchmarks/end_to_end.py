@@ -17,7 +17,6 @@ import asyncio
 import contextlib
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -36,8 +35,10 @@ from benchmarks.shared.live_load import (
     AT_ONCE,
     ENGINE_DIR,
     LiveRequest,
+    completion_body,
     is_healthy,
     make_requests,
+    record_of,
     scores,
     send_all,
     serving,
@@ -45,7 +46,7 @@ from benchmarks.shared.live_load import (
 )
 from benchmarks.shared.peer_environments import PEERS
 from benchmarks.shared.reporting import argument_parser, report
-from orchestrator.core.gain import GainTable, Outcome, RequestRecord
+from orchestrator.core.gain import GainTable, RequestRecord
 from orchestrator.core.slo import PriorityClass, Slo
 
 LLAMA_SERVER = PEERS / "llama.cpp/bin/llama-server"
@@ -127,16 +128,7 @@ async def _send(
     server: Server, session: aiohttp.ClientSession, index: int, request: LiveRequest
 ) -> RequestRecord:
     arrival_s = time.monotonic()
-    draw = random.Random(index)
-    body: dict[str, Any] = {
-        "model": "smollm2-135m",
-        "prompt": [draw.randrange(100, 40_000) for _ in range(request.num_prompt_tokens)],
-        "max_tokens": request.num_output_tokens,
-        "ignore_eos": True,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
+    body = completion_body(index, request)
     if server.knows_classes:
         body["priority"] = request.priority.name
         body["stream_options"]["continuous_usage_stats"] = True
@@ -159,18 +151,7 @@ async def _send(
         # Tokens that came together, or made no text of their own, came with the last event.
         token_times_s = token_times_s[:num_told]
         token_times_s += [token_times_s[-1]] * (num_told - len(token_times_s))
-    is_finished = len(token_times_s) == request.num_output_tokens
-    return RequestRecord(
-        request_id=str(index),
-        arrival_s=arrival_s,
-        slo=request.priority.slo,
-        weight=request.priority.weight,
-        priority_class=request.priority.name,
-        client="",
-        num_expected_tokens=request.num_output_tokens,
-        token_times_s=tuple(token_times_s),
-        outcome=Outcome.FINISHED if is_finished else Outcome.FAILED,
-    )
+    return record_of(index, request, arrival_s, token_times_s)
 
 
 def _has_token(choice: Mapping[str, Any]) -> bool:

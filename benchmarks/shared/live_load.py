@@ -191,10 +191,10 @@ async def warm_up(url: str, requests: Sequence[LiveRequest], *, send: Send | Non
     await send_all(url, requests[:4], requests_per_s=AT_ONCE, send=send, first_index=WARM_UP_INDEX)
 
 
-async def _send(session: aiohttp.ClientSession, index: int, request: LiveRequest) -> RequestRecord:
-    arrival_s = time.monotonic()
+def completion_body(index: int, request: LiveRequest) -> dict[str, Any]:
+    """Return what any server is asked for, in OpenAI's terms."""
     draw = random.Random(index)
-    body = {
+    return {
         "model": "smollm2-135m",
         # Token ids above the control tokens; which ones does not change what a step costs.
         "prompt": [draw.randrange(100, 40_000) for _ in range(request.num_prompt_tokens)],
@@ -202,16 +202,14 @@ async def _send(session: aiohttp.ClientSession, index: int, request: LiveRequest
         "ignore_eos": True,
         "temperature": 0,
         "stream": True,
-        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-        "priority": request.priority.name,
+        "stream_options": {"include_usage": True},
     }
-    token_times_s: list[float] = []
-    async with session.post("/v1/completions", json=body) as answer:
-        async for line in answer.content:
-            if line.startswith(b"data: {") and answer.status == httpx.codes.OK:
-                num_tokens = _completion_tokens(line)
-                now_s = time.monotonic()
-                token_times_s += [now_s] * (num_tokens - len(token_times_s))
+
+
+def record_of(
+    index: int, request: LiveRequest, arrival_s: float, token_times_s: Sequence[float]
+) -> RequestRecord:
+    """Return what was seen of a request, to be scored."""
     is_finished = len(token_times_s) == request.num_output_tokens
     return RequestRecord(
         request_id=str(index),
@@ -224,6 +222,21 @@ async def _send(session: aiohttp.ClientSession, index: int, request: LiveRequest
         token_times_s=tuple(token_times_s),
         outcome=Outcome.FINISHED if is_finished else Outcome.FAILED,
     )
+
+
+async def _send(session: aiohttp.ClientSession, index: int, request: LiveRequest) -> RequestRecord:
+    arrival_s = time.monotonic()
+    body = completion_body(index, request)
+    body["stream_options"]["continuous_usage_stats"] = True
+    body["priority"] = request.priority.name
+    token_times_s: list[float] = []
+    async with session.post("/v1/completions", json=body) as answer:
+        async for line in answer.content:
+            if line.startswith(b"data: {") and answer.status == httpx.codes.OK:
+                num_tokens = _completion_tokens(line)
+                now_s = time.monotonic()
+                token_times_s += [now_s] * (num_tokens - len(token_times_s))
+    return record_of(index, request, arrival_s, token_times_s)
 
 
 def _completion_tokens(line: bytes) -> int:

@@ -118,7 +118,7 @@ class StepBuilder:
         if self._rules.separate_phases and self._num_prefills:
             return None
         cost_s = self._model.decode_s(num_cached_tokens) * self._decode_factor
-        if cost_s + self._constant_s + self._marginal_s > self._limit_s:
+        if self._constant_s + (self._marginal_s + cost_s) > self._limit_s:
             return None
         return cost_s
 
